@@ -1,0 +1,58 @@
+"""lightning_ft: the fine-tuning suite for PyTorch Lightning.
+
+    L.Trainer(callbacks=[LoRA(r=8)]).fit(my_module, my_data)
+
+The public names are imported when they're first used, so that ``import lightning_ft`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lightning_ft.adapters import load_adapter, load_from_checkpoint, merge, save_adapter
+    from lightning_ft.callbacks.efficiency import Efficiency
+    from lightning_ft.callbacks.finetuning import FineTuning
+    from lightning_ft.data.module import TextDataModule
+    from lightning_ft.injection import InjectionError
+    from lightning_ft.methods.full import FullFineTuning
+    from lightning_ft.methods.head import HeadOnly
+    from lightning_ft.methods.lora import LoRA, inject_lora
+    from lightning_ft.tasks.classification import Classification
+    from lightning_ft.tasks.finetuner import FineTuner
+
+_HOMES = {
+    "Classification": "lightning_ft.tasks.classification",
+    "Efficiency": "lightning_ft.callbacks.efficiency",
+    "FineTuner": "lightning_ft.tasks.finetuner",
+    "FineTuning": "lightning_ft.callbacks.finetuning",
+    "FullFineTuning": "lightning_ft.methods.full",
+    "HeadOnly": "lightning_ft.methods.head",
+    "InjectionError": "lightning_ft.injection",
+    "LoRA": "lightning_ft.methods.lora",
+    "TextDataModule": "lightning_ft.data.module",
+    "inject_lora": "lightning_ft.methods.lora",
+    "load_adapter": "lightning_ft.adapters",
+    "load_from_checkpoint": "lightning_ft.adapters",
+    "merge": "lightning_ft.adapters",
+    "save_adapter": "lightning_ft.adapters",
+}
+
+__all__ = [  # noqa: RUF022 - by use
+    "LoRA", "FullFineTuning", "HeadOnly", "FineTuning",
+    "inject_lora", "merge", "save_adapter", "load_adapter", "load_from_checkpoint", "InjectionError",
+    "FineTuner", "Classification", "TextDataModule", "Efficiency",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lightning_ft' has no attribute '{name}'; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

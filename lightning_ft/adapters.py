@@ -1,0 +1,275 @@
+"""Where methods and files meet: save, load and merge what a method put into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_ft.callbacks.checkpoint_io import METADATA, complete_checkpoint
+from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.files import peft
+from lightning_ft.files.state import StateError, frozen_keys, trained_state
+from lightning_ft.injection import Base, Injected, InjectionError, detach, find_base, freeze_base, injected_modules
+from lightning_ft.methods.full import FullFineTuning
+from lightning_ft.methods.head import HeadOnly
+from lightning_ft.methods.lora import LoRA
+
+METHODS: tuple[type[FineTuning], ...] = (LoRA, FullFineTuning, HeadOnly)
+"""Every method. Those that add parameters have a room in the file format, found by ``peft_type``."""
+
+_ROOMS: dict[str, type[LoRA]] = {"LORA": LoRA}
+
+Module = TypeVar("Module", bound=LightningModule)
+
+
+def save_adapter(model: nn.Module, directory: str | Path, backbone: str | None = None) -> Path:
+    """Write what was trained, with its head, in PEFT's format (:mod:`lightning_ft.files.peft`).
+
+    Args:
+        model: the LightningModule, or the Hugging Face model in it.
+        directory: where; made if it doesn't exist.
+        backbone: path of the base, where it was named for training too.
+
+    Returns:
+        The directory.
+
+    Raises:
+        InjectionError: if nothing was fine-tuned.
+    """
+    base = find_base(model, backbone)
+    layers = dict(injected_modules(base.root))
+    trained = trained_state(model.state_dict(), frozen_keys(model, base))
+    if not trained:
+        raise InjectionError("There is nothing to save: no parameter of the model trains. Inject a method first.")
+    names = _file_names(base, layers)
+    tensors = _without_ties({names.get(key) or _file_name(base, key): value for key, value in trained.items()})
+    config = {**peft.describe_base(base.root), **_method_fields(layers), "modules_to_save": _trained_whole(base)}
+    return peft.write(directory, config, tensors)
+
+
+def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None = None) -> None:
+    """Put an adapter, ours or stock PEFT's, into a model that holds its base.
+
+    The model can then be used, trained on with the same method's callback, or merged.
+
+    Args:
+        model: a LightningModule or Hugging Face model with the pretrained weights that it was trained over.
+        directory: a folder that :func:`save_adapter` or PEFT wrote.
+        backbone: path of the base, where it was named for training too.
+
+    Raises:
+        FileNotFoundError: if ``directory`` isn't an adapter's folder.
+        StateError: if its tensors don't fit the model; the model is then left as it was.
+        ValueError: if it holds a method that isn't known here.
+    """
+    config, tensors = peft.read(directory)
+    kind = config.get("peft_type")
+    if kind not in _ROOMS and kind != "PARTIAL":
+        raise ValueError(f"'{directory}' holds a {kind} adapter; known here are {', '.join([*_ROOMS, 'PARTIAL'])}.")
+    present = {name for name, _ in injected_modules(model)}
+    if kind == "PARTIAL":
+        freeze_base(model, backbone)
+    else:
+        room = _ROOMS[kind]
+        room.from_peft(config, _targets(room, tensors), backbone).inject(model)
+    try:
+        places = _places(model, find_base(model, backbone), tensors, directory)
+    except StateError:
+        for name, _ in list(injected_modules(model)):
+            if name not in present:
+                detach(model, name)
+        raise
+    with torch.no_grad():
+        for place, tensor in places:
+            place.copy_(tensor)
+            if isinstance(place, nn.Parameter):
+                place.requires_grad_(True)
+
+
+def merge(model: nn.Module) -> list[str]:
+    """Fold what methods added into the base's own weights, and restore the original module tree.
+
+    Returns:
+        Paths of the merged modules; none where nothing was added (head only, full fine-tuning).
+
+    Raises:
+        NotImplementedError: if a method in the model can't be merged; the model is then left as it was.
+    """
+    layers = list(injected_modules(model))
+    for _, layer in layers:
+        for mixin in layer._mixins:
+            if mixin.fold is Injected.fold:
+                mixin.fold(layer)  # raises
+    for name, layer in layers:
+        for mixin in layer._mixins:
+            mixin.fold(layer)
+        detach(model, name)
+    return [name for name, _ in layers]
+
+
+def load_from_checkpoint(
+    module_class: type[Module], path: str | Path, method: FineTuning | None = None, **kwargs: Any
+) -> Module:
+    """``module_class.load_from_checkpoint`` for a checkpoint of a module that a callback had changed.
+
+    Lightning's own fails on it, or with ``strict=False`` restores nothing and says nothing.
+
+    Args:
+        module_class: the user's LightningModule class.
+        path: the checkpoint.
+        method: the callback it was trained with; read from the checkpoint where it is one of ours.
+        kwargs: as for ``load_from_checkpoint``: ``map_location``, ``strict``, the module's own arguments.
+
+    Returns:
+        The module, with the method injected and its values restored.
+
+    Raises:
+        StateError: if the checkpoint wasn't saved with a method's callback, or doesn't fit the module.
+    """
+    method = method or _method_of(_read_record(path, kwargs.get("weights_only")))
+
+    # Lightning builds the module, calls configure_model and on_load_checkpoint, then loads strictly: a
+    # subclass that lives only that long injects in between.
+    class Injecting(module_class):  # type: ignore[misc, valid-type]
+        def configure_model(self) -> None:
+            _set_up(self)
+            super().configure_model()
+            method._inject(self)
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            base = find_base(self, method.backbone)
+            checkpoint.update(complete_checkpoint(checkpoint, self, base, method.record(), path))
+            super().on_load_checkpoint(checkpoint)
+
+    Injecting.__name__, Injecting.__qualname__ = module_class.__name__, module_class.__qualname__
+    module = Injecting.load_from_checkpoint(path, **kwargs)
+    module.__class__ = module_class
+    return cast(Module, module)
+
+
+def _set_up(module: LightningModule) -> None:
+    """Call setup(), where a module may build itself, as the Trainer would have before configure_model()."""
+    try:
+        module.setup("predict")
+    except RuntimeError as error:
+        if "not attached to a `Trainer`" not in str(error):
+            raise
+
+
+def _read_record(path: str | Path, weights_only: bool | None) -> dict[str, Any]:
+    checkpoint = torch.load(path, map_location="meta", weights_only=weights_only is not False, mmap=True)
+    records = checkpoint.get(METADATA)
+    if not records:
+        raise StateError(
+            f"The checkpoint '{path}' wasn't saved with a lightning_ft callback: load it with"
+            " MyModule.load_from_checkpoint."
+        )
+    if len(records) > 1:
+        raise StateError(f"The checkpoint '{path}' was saved with several methods: pass method=...")
+    return cast("dict[str, Any]", records[0])
+
+
+def _method_of(record: Mapping[str, Any]) -> FineTuning:
+    known = {method.__name__: method for method in METHODS}
+    if record["method"] not in known:
+        raise StateError(
+            f"The checkpoint was saved with {record['method']}, which isn't one of {', '.join(known)}:"
+            f" pass it, load_from_checkpoint(..., method={record['method']}(...))."
+        )
+    return known[record["method"]](**record["arguments"])
+
+
+# ------------------------------------------------------------------------------- names in a model and in files
+
+
+def _file_names(base: Base, layers: Mapping[str, Injected]) -> dict[str, str]:
+    """For each parameter that methods added: its key in the searched model, and its key in the files."""
+    return {
+        f"{base.prefixed(path)}.{key}": f"{peft.INSIDE}{path}.{file_name}"
+        for path, layer in layers.items()
+        for mixin in layer._mixins
+        for key, file_name in mixin.adds.items()
+    }
+
+
+def _file_name(base: Base, key: str) -> str:
+    prefix = f"{base.root_name}." if base.root_name else ""
+    return f"{peft.INSIDE}{key.removeprefix(prefix)}" if key.startswith(prefix) else f"{peft.OUTSIDE}{key}"
+
+
+def _own_name(base: Base, file_name: str) -> str:
+    if file_name.startswith(peft.OUTSIDE):
+        return file_name.removeprefix(peft.OUTSIDE)
+    return base.prefixed(file_name.removeprefix(peft.INSIDE))
+
+
+def _method_fields(layers: Mapping[str, Injected]) -> dict[str, Any]:
+    kinds = {mixin.method for layer in layers.values() for mixin in layer._mixins}
+    if not kinds:
+        return {"peft_type": "PARTIAL"}
+    if len(kinds) > 1:
+        raise InjectionError(f"One folder holds one method's adapter; this model carries {', '.join(sorted(kinds))}.")
+    (kind,) = kinds
+    return {"peft_type": kind, **_ROOMS[kind].to_peft(layers)}
+
+
+def _trained_whole(base: Base) -> list[str] | None:
+    """The outermost modules of the root whose own parameters all train: PEFT's ``modules_to_save``."""
+    if base.is_trained_whole():
+        return None
+    found: list[str] = []
+    for name, module in base.root.named_modules():
+        parameters = list(module.parameters())
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        whole = parameters and all(p.requires_grad for p in parameters)
+        if name and whole and not inside and not isinstance(module, Injected):
+            found.append(name)
+    return found or None
+
+
+def _without_ties(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share their memory once: the files hold each value under one of its names."""
+    seen: dict[tuple[int, torch.Size], str] = {}
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if seen.setdefault((tensor.data_ptr(), tensor.shape), key) == key
+    }
+
+
+def _targets(room: type[LoRA], tensors: Mapping[str, Tensor]) -> list[str]:
+    """The modules that the tensors of an adapter belong to, as paths in the root."""
+    endings = {f".{file_name}" for layer in room.layers for file_name in layer.adds.values()}
+    names = (key.removeprefix(peft.INSIDE).removesuffix(e) for key in tensors for e in endings if key.endswith(e))
+    return list(dict.fromkeys(names))
+
+
+def _places(
+    model: nn.Module, base: Base, tensors: Mapping[str, Tensor], directory: str | Path
+) -> list[tuple[Tensor, Tensor]]:
+    """Each of an adapter's tensors with the one of the model that takes its value."""
+    own_names = {file: key for key, file in _file_names(base, dict(injected_modules(base.root))).items()}
+    live = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    missing = [file_name for file_name in own_names if file_name not in tensors]
+    if missing:
+        raise StateError(f"'{directory}' is incomplete: it holds no {', '.join(missing[:3])}.")
+    places = []
+    for file_name, tensor in tensors.items():
+        key = own_names.get(file_name) or _own_name(base, file_name)
+        if key not in live:
+            raise StateError(
+                f"'{directory}' holds {file_name}, and {type(model).__name__} has no '{key}': it was made for"
+                " another model or head."
+            )
+        if live[key].shape != tensor.shape:
+            raise StateError(
+                f"'{directory}': {file_name} has shape {tuple(tensor.shape)}, the model's {tuple(live[key].shape)}."
+                " Build the model that it was trained with (its size, its number of labels)."
+            )
+        places.append((live[key], tensor))
+    return places

@@ -1,0 +1,80 @@
+"""Checkpoints that hold what was trained, and not the frozen base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.fabric.plugins import CheckpointIO
+from torch import nn
+
+from lightning_ft.files.state import check_fingerprint, complete_state, frozen_keys, trained_state
+from lightning_ft.injection import Base
+
+METADATA = "lightning_ft"
+"""The key of a checkpoint under which the methods that changed its module are recorded."""
+
+_STATES = ("state_dict", "current_model_state")  # the second is WeightAveraging's
+
+
+class AdapterCheckpointIO(CheckpointIO):
+    """Wraps the strategy's CheckpointIO, since its saves and loads alone see every checkpoint.
+
+    (``save_checkpoint(weights_only=True)`` passes the callbacks' own hooks by.) On save, frozen keys are
+    left out; on load they're filled in from the live model, so that ``strict=True`` stays meaningful.
+
+    Args:
+        inner: the CheckpointIO that reads and writes.
+        model: returns the live LightningModule.
+        base: returns where its pretrained base is.
+        record: plain values that say which method changed the module (see :data:`METADATA`).
+    """
+
+    def __init__(
+        self,
+        inner: CheckpointIO,
+        model: Callable[[], nn.Module],
+        base: Callable[[], Base],
+        record: Callable[[], dict[str, Any]],
+    ) -> None:
+        self.inner = inner
+        self._model, self._base, self.record = model, base, record
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write what was trained."""
+        frozen = frozen_keys(self._model(), self._base())
+        slim = {key: trained_state(checkpoint[key], frozen) for key in _STATES if key in checkpoint}
+        records = [*checkpoint.get(METADATA, []), self.record()]
+        self.inner.save_checkpoint({**checkpoint, **slim, METADATA: records}, path, storage_options)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read it, and fill in the frozen base from the live model.
+
+        Raises:
+            StateError: if something that trains has no value, or the base isn't the one trained over.
+        """
+        checkpoint = self.inner.load_checkpoint(path, *args, **kwargs)
+        return complete_checkpoint(checkpoint, self._model(), self._base(), self.record(), path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete it."""
+        self.inner.remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """Let the inner one finish."""
+        self.inner.teardown()
+
+
+def complete_checkpoint(
+    checkpoint: dict[str, Any], model: nn.Module, base: Base, present: dict[str, Any], path: Any
+) -> dict[str, Any]:
+    """``checkpoint`` with its frozen keys filled in from ``model``; see :class:`AdapterCheckpointIO`."""
+    source = f"The checkpoint '{path}'"
+    for record in checkpoint.get(METADATA, []):
+        if record["method"] == present["method"]:
+            check_fingerprint(record["base"], present["base"], source)
+    frozen = frozen_keys(model, base)
+    filled = {
+        key: complete_state(checkpoint[key], model, frozen, source) for key in _STATES if key in checkpoint
+    }
+    return {**checkpoint, **filled}

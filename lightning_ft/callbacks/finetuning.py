@@ -1,0 +1,245 @@
+"""FineTuning: the base class of every method's callback. It does the Lightning work; methods do the maths.
+
+    hook              what happens there
+    setup             inject, before configure_optimizers; or arrange that it happens after the module's
+                      own setup() or configure_model(), if it overrides them
+    on_fit_start      the user's optimizers get what was injected, and lose what was frozen
+    on_train_epoch_   frozen BatchNorms evaluate, injected dropouts drop
+      start
+    teardown,         the module's hooks are as they were
+      on_exception
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from lightning_ft.callbacks.checkpoint_io import AdapterCheckpointIO
+from lightning_ft.files.state import fingerprint, frozen_modules
+from lightning_ft.injection import Base, InjectionError, find_base, injected_modules
+
+log = logging.getLogger(__name__)
+
+_BUILDERS = ("setup", "configure_model")  # the hooks in which a module may build itself, in Lightning's order
+
+
+@dataclass(eq=False)
+class FineTuning(Callback, ABC):
+    """Fine-tune the user's LightningModule by one method.
+
+    A subclass is a dataclass of plain values with an :meth:`inject`. The module needs no base class of ours
+    and may be built in ``__init__``, ``setup()`` or ``configure_model()``. Checkpoints hold only what was
+    trained, and resume with Lightning's own ``fit(ckpt_path=...)``.
+
+    Args:
+        modules_to_save: parts of the base to train whole and save beside what the method adds: paths, or
+            ends of paths, of modules. A task head needs no mention.
+        backbone: path of the pretrained base in the module; found by itself where there is just one
+            Hugging Face model (see :func:`lightning_ft.injection.find_base`).
+    """
+
+    modules_to_save: Sequence[str] | None = field(default=None, kw_only=True)
+    backbone: str | None = field(default=None, kw_only=True)
+
+    _fingerprint: dict[str, str] | None = field(default=None, init=False, repr=False)
+
+    peft_type: ClassVar[str]
+    """The method's name in files."""
+
+    default_lr: ClassVar[float]
+    """A learning rate of AdamW that usually works, for those who name none."""
+
+    @abstractmethod
+    def inject(self, model: nn.Module) -> list[str]:
+        """Freeze the base and put the method into ``model``, in place. Doing it twice is doing it once.
+
+        Args:
+            model: any module; needs no Trainer.
+
+        Returns:
+            Paths of the modules it touched.
+
+        Raises:
+            InjectionError: if the base or the targets can't be found, or were injected with other settings.
+        """
+
+    # ------------------------------------------------------------------ Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Inject now, or right after the module has built itself."""
+        hook = _last_builder(pl_module)
+        _check_neighbours(self, trainer, hook)
+        self._wrap_checkpoint_io(trainer)
+        if hook is None:
+            self._inject(pl_module)
+        else:
+            _after(pl_module, hook, lambda: self._inject(pl_module))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that the optimizers hold just what trains."""
+        _cover(pl_module, find_base(pl_module, self.backbone), trainer.optimizers)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the modes of what is frozen and of what was injected.
+
+        Lightning's ``fit`` doesn't call ``.train()``, and ``requires_grad=False`` doesn't stop a BatchNorm's
+        running statistics. Everything else keeps the mode that the user gave it.
+        """
+        for _, module in frozen_modules(find_base(pl_module, self.backbone)):
+            if isinstance(module, _NormBase):
+                module.eval()
+        for _, injected in injected_modules(pl_module):
+            injected.training = True  # type: ignore[attr-defined]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its hooks back."""
+        _restore_hooks(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the module its hooks back."""
+        _restore_hooks(pl_module)
+
+    # ------------------------------------------------------------------ for checkpoints
+
+    def record(self) -> dict[str, Any]:
+        """Plain values from which :func:`lightning_ft.load_from_checkpoint` makes this callback again."""
+        arguments = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.init}
+        return {"method": type(self).__name__, "arguments": arguments, "base": self._fingerprint}
+
+    def _inject(self, model: nn.Module) -> None:
+        names = self.inject(model)
+        self._fingerprint = fingerprint(find_base(model, self.backbone))
+        rank_zero_info(f"{type(self).__name__}: {describe(model, names)}")
+
+    def _wrap_checkpoint_io(self, trainer: Trainer) -> None:
+        io: CheckpointIO | None = trainer.strategy.checkpoint_io
+        while isinstance(io, AdapterCheckpointIO):
+            if io.record == self.record:
+                return
+            io = io.inner
+        trainer.strategy.checkpoint_io = AdapterCheckpointIO(
+            trainer.strategy.checkpoint_io,
+            lambda: trainer.lightning_module,
+            lambda: find_base(trainer.lightning_module, self.backbone),
+            self.record,
+        )
+
+
+def describe(model: nn.Module, names: Sequence[str]) -> str:
+    """One line: how many modules were touched, and the share of parameters that trains."""
+    total, trained = count_parameters(model)
+    touched = f"{len(names)} modules adapted, " if names else ""
+    return f"{touched}{trained:,} of {total:,} parameters train ({trained / max(total, 1):.2%})"
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """The numbers of all and of trained parameters of ``model``."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+
+
+def _last_builder(module: LightningModule) -> str | None:
+    """The last hook that ``module`` overrides and may build itself in.
+
+    Compared with the LightningModule that it inherits from, which may be ``pytorch_lightning``'s.
+    """
+    parent = next(c for c in type(module).__mro__ if c.__name__ == "LightningModule")
+    overridden = [
+        hook
+        for hook in _BUILDERS
+        if hook in vars(module) or getattr(type(module), hook) is not getattr(parent, hook)
+    ]
+    return overridden[-1] if overridden else None
+
+
+def _after(module: LightningModule, hook: str, then: Callable[[], None]) -> None:
+    """Have ``then`` run after ``module.<hook>``, by an attribute of the instance.
+
+    Not ``functools.wraps``: Lightning looks through ``__wrapped__`` to tell whether a hook is overridden.
+    """
+    original = getattr(module, hook)
+
+    def hook_then_inject(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        then()
+
+    hook_then_inject.replaced = vars(module).get(hook)  # type: ignore[attr-defined]
+    setattr(module, hook, hook_then_inject)
+
+
+def _restore_hooks(module: LightningModule) -> None:
+    for hook in _BUILDERS:
+        while hasattr(vars(module).get(hook), "replaced"):
+            replaced = vars(module).pop(hook).replaced
+            if replaced is not None:
+                setattr(module, hook, replaced)
+
+
+def _check_neighbours(callback: FineTuning, trainer: Trainer, hook: str | None) -> None:
+    """WeightAveraging copies the module in its own setup: it must find the module injected."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for neighbour in callbacks:
+        if not any(c.__name__ == "WeightAveraging" for c in type(neighbour).__mro__):
+            continue
+        name, averaging = type(callback).__name__, type(neighbour).__name__
+        if hook is not None:
+            raise InjectionError(
+                f"{averaging} copies the module before its {hook}() builds it, so that the average would miss"
+                f" what {name} trains. Build the model in __init__, or leave {averaging} out."
+            )
+        if callbacks.index(neighbour) < callbacks.index(callback):
+            raise InjectionError(f"{averaging} must come after {name} in Trainer(callbacks=[...]): it copies the module.")
+
+
+def _cover(module: nn.Module, base: Base, optimizers: Sequence[Optimizer]) -> None:
+    """Put every trained parameter of the base into an optimizer, and take the frozen ones out.
+
+    In place: schedulers hold the groups, and ``add_param_group`` after LambdaLR raises since torch 2.13.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    covered = {id(p) for group in groups for p in group["params"]}
+    of_base = {id(p): p for part in base.parts() for p in part.parameters()}
+    missing = [p for key, p in of_base.items() if p.requires_grad and key not in covered]
+    if missing:
+        _group_for(missing, set(of_base), optimizers, module)["params"].extend(missing)
+    for group in groups:
+        group["params"][:] = [p for p in group["params"] if p.requires_grad]
+
+
+def _group_for(
+    missing: list[nn.Parameter], of_base: set[int], optimizers: Sequence[Optimizer], module: nn.Module
+) -> dict[str, Any]:
+    """The group that the missing parameters join: one that trains the base, or of the only optimizer."""
+
+    def groups_of_base(optimizer: Optimizer) -> list[dict[str, Any]]:
+        return [g for g in optimizer.param_groups if any(id(p) in of_base for p in g["params"])]
+
+    candidates = [o for o in optimizers if groups_of_base(o)] or list(optimizers)
+    if len(candidates) == 1:
+        return (groups_of_base(candidates[0]) or candidates[0].param_groups)[0]
+    names = [name for name, p in module.named_parameters() if any(p is m for m in missing)]
+    raise InjectionError(
+        f"{len(missing)} trained parameters ({', '.join(names[:3])}, …) are in none of the {len(optimizers)}"
+        " optimizers, and which should train them is unclear. Build one in configure_optimizers() from the"
+        " parameters of the base or of self, so that it sees what was injected."
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Tuples and other sequences as lists: checkpoints load with weights_only=True, which allows no objects."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,111 @@
+"""Which part of a state dict training changes, and how the rest is left out and put back.
+
+A state dict splits in two by the marker and ``requires_grad`` alone. *Frozen* are the keys of the pretrained
+base that training can't change: whoever builds the model again has them again. Everything else is saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ft.injection import Base, Injected, injected_names
+
+
+class StateError(RuntimeError):
+    """A checkpoint or an adapter doesn't fit the model; the message names the keys and the cure."""
+
+
+def frozen_modules(base: Base) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the base, by their paths in its root, with nothing of their own that trains.
+
+    Their buffers (a BatchNorm's running statistics) belong to the pretrained model and must stay put too.
+    """
+    if base.is_trained_whole():
+        return
+    for name, module in base.named_modules():
+        added = type(module)._mixins if isinstance(module, Injected) else ()
+        own = {key for mixin in added for key in mixin.adds}
+        if not any(p.requires_grad for key, p in module.named_parameters(recurse=False) if key not in own):
+            yield name, module
+
+
+def frozen_keys(model: nn.Module, base: Base) -> set[str]:
+    """The keys of ``model.state_dict()`` that the pretrained base gives back and training can't change."""
+    added = injected_names(model)
+    still = {id(module) for _, module in frozen_modules(base)}
+    modules = {base.prefixed(name): module for name, module in base.named_modules(remove_duplicate=False)}
+    parameters = {
+        f"{path}.{key}".lstrip("."): parameter
+        for path, module in modules.items()
+        for key, parameter in module.named_parameters(recurse=False)
+    }
+    parts = tuple(f"{path}." if (path := base.prefixed(part)) else "" for part in base.frozen)
+
+    def is_frozen(key: str) -> bool:
+        if key in added or not key.startswith(parts):
+            return False
+        if key in parameters:
+            return not parameters[key].requires_grad
+        owner = modules.get(key.rpartition(".")[0])  # None: a key deeper than modules go, as of packed weights
+        return owner is None or id(owner) in still
+
+    return {key for key in model.state_dict() if is_frozen(key)}
+
+
+def trained_state(state: Mapping[str, Any], frozen: set[str]) -> dict[str, Any]:
+    """``state`` without the frozen keys."""
+    return {key: value for key, value in state.items() if key not in frozen}
+
+
+def complete_state(state: Mapping[str, Any], model: nn.Module, frozen: set[str], source: str) -> dict[str, Any]:
+    """``state`` with the frozen keys filled in from ``model``, so that strict loading means what it says.
+
+    Raises:
+        StateError: if something that trains has no value in ``state``.
+    """
+    live = model.state_dict()
+    missing = [key for key in live if key not in state and key not in frozen]
+    if missing:
+        raise StateError(
+            f"{source} has no value for {len(missing)} trained tensors, {', '.join(missing[:3])} among them."
+            " It was saved from another model or without this method. To start from a bare model's checkpoint,"
+            " load it into the module first (MyModule.load_from_checkpoint), then fit without ckpt_path."
+        )
+    return {**{key: live[key] for key in frozen if key not in state}, **state}
+
+
+def fingerprint(base: Base, samples: int = 64) -> dict[str, str]:
+    """A short hash of the pretrained weights, to tell whether an adapter meets the base it was trained on.
+
+    Reads ``samples`` evenly spaced values of each frozen parameter, so that it costs the same for any size.
+
+    Returns:
+        The hash, and the weights' dtypes; hashes of different dtypes can't be compared.
+    """
+    digest, dtypes = hashlib.sha256(), set()
+    added = injected_names(base.root)
+    for part in base.frozen:
+        for name, parameter in base.root.get_submodule(part).named_parameters(prefix=part):
+            if parameter.requires_grad or name in added or parameter.is_meta:
+                continue
+            flat = parameter.detach().flatten()
+            index = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
+            values: Tensor = flat[index.to(flat.device)].float().cpu()
+            digest.update(name.encode() + values.numpy().tobytes())
+            dtypes.add(str(parameter.dtype))
+    return {"sha256": digest.hexdigest(), "dtypes": " ".join(sorted(dtypes))}
+
+
+def check_fingerprint(saved: Mapping[str, str] | None, present: Mapping[str, str], source: str) -> None:
+    """Raise StateError if ``saved`` and ``present`` are of different pretrained weights."""
+    if saved and saved["dtypes"] == present["dtypes"] and saved["sha256"] != present["sha256"]:
+        raise StateError(
+            f"{source} was trained over other pretrained weights than this model holds, so that its outputs"
+            " would be meaningless. Build the model from the same pretrained weights; if they're randomly"
+            " initialised, seed them (lightning.seed_everything) before the model is built."
+        )

@@ -1,0 +1,281 @@
+"""Which modules a pattern names; which part of a module is base, which is head."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+
+class InjectionError(ValueError):
+    """A method can't go into this model as asked; the message names the cause and the cure."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where the pretrained part of a model is.
+
+    Attributes:
+        root: the pretrained model with its head (an HF ``PreTrainedModel``), or the module the user named;
+            target patterns and PEFT's keys are relative to it.
+        root_name: its path in the model that was searched (``""`` if it is that model).
+        frozen: paths, relative to ``root``, of the parts that are pretrained: the trunk, and an output
+            head that was pretrained with it (``lm_head``).
+    """
+
+    root: nn.Module
+    root_name: str
+    frozen: tuple[str, ...]
+
+    def parts(self) -> Iterator[nn.Module]:
+        """The pretrained modules themselves."""
+        return (self.root.get_submodule(name) for name in self.frozen)
+
+    def named_modules(self, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+        """Every module of the pretrained parts, named relative to :attr:`root`."""
+        for part in self.frozen:
+            module = self.root.get_submodule(part)
+            yield from module.named_modules(prefix=part, remove_duplicate=remove_duplicate)
+
+    def is_trained_whole(self) -> bool:
+        """Whether nothing pretrained is frozen (full fine-tuning)."""
+        return all(p.requires_grad for part in self.parts() for p in part.parameters())
+
+    def prefixed(self, name: str) -> str:
+        """``name``, relative to :attr:`root`, as a path in the model that was searched."""
+        return f"{self.root_name}.{name}".strip(".")
+
+
+def find_base(model: nn.Module, backbone: str | None = None) -> Base:
+    """Tell the pretrained base of ``model`` from the head that is the user's own.
+
+    If ``model`` is or holds exactly one Hugging Face ``PreTrainedModel``, its trunk (``.base_model``) and a
+    pretrained output head are the base; a newly initialised head (``classifier``, ``score``, …) and
+    everything outside are the user's. A module whose parameters all lie in one child has that child as
+    base. Otherwise ``backbone`` names it.
+
+    Args:
+        model: any module; typically a LightningModule.
+        backbone: path of the base in ``model``; ``"."`` means all of it.
+
+    Raises:
+        InjectionError: if ``backbone`` names nothing, or if several modules could be the base.
+    """
+    if backbone is not None:
+        path = "" if backbone == "." else backbone
+        named = dict(model.named_modules())
+        if path not in named:
+            raise InjectionError(
+                f"backbone='{backbone}' names no module of {type(model).__name__}."
+                f" {_near(backbone, [name for name in named if name])}"
+            )
+        return _hugging_face_base(named[path], path)
+
+    pretrained = list(_outermost(model, _is_pretrained_model))
+    if len(pretrained) == 1:
+        return _hugging_face_base(pretrained[0][1], pretrained[0][0])
+
+    candidates = [name for name, _ in pretrained] or [
+        name for name, child in model.named_children() if any(True for _ in child.parameters())
+    ]
+    if len(candidates) == 1 and not pretrained and not list(model.parameters(recurse=False)):
+        return Base(model.get_submodule(candidates[0]), candidates[0], ("",))
+    if not candidates:
+        raise InjectionError(
+            f"{type(model).__name__} holds no module with parameters: there is nothing to fine-tune. If it is"
+            " built in a hook of its own, build it in __init__, setup() or configure_model()."
+        )
+    raise InjectionError(
+        f"{type(model).__name__} has several modules that could be the pretrained base: "
+        + ", ".join(candidates)
+        + f'. Name it: backbone="{candidates[0]}" (or backbone="." for all of it).'
+    )
+
+
+def resolve_targets(
+    base: Base,
+    target_modules: str | Sequence[str] | None,
+    supported: Callable[[nn.Module], bool],
+    excluded: Iterable[str] = (),
+) -> list[str]:
+    """The modules of ``base`` that ``target_modules`` names, as paths relative to ``base.root``.
+
+    Args:
+        base: where to look: its pretrained parts only, since heads are trained whole.
+        target_modules: as in PEFT. A list: each entry a module's path or the end of it
+            (``"query"``, ``"attention.output.dense"``). A string: ``"all-linear"`` (every linear layer
+            but an output head and a pooler nobody reads), ``"attention"`` (the linear layers inside
+            attention blocks), or a regular expression that the whole path must match. ``None``: the usual
+            choice for the architecture, or ``"attention"``, or where there is none, ``"all-linear"``.
+        supported: whether the method knows this kind of module.
+        excluded: paths that are trained whole and so aren't targets.
+
+    Raises:
+        InjectionError: if a pattern matches nothing, or names a module that isn't supported.
+    """
+    excluded = tuple(excluded)
+    names = {
+        name: module
+        for name, module in base.named_modules()
+        if name and not any(name == e or name.startswith(f"{e}.") for e in excluded)
+    }
+    if target_modules is None:
+        target_modules = _default_targets(base, names)
+    if target_modules == "all-linear":
+        found = _all_linear(base, names, supported)
+    elif target_modules == "attention":
+        linear = _all_linear(base, names, supported)
+        found = [name for name in linear if _inside_attention(base.root, name)]
+    elif isinstance(target_modules, str):
+        found = _match_regex(target_modules, names)
+    else:
+        found = _match_suffixes(target_modules, names)
+    if not found:
+        raise InjectionError(
+            f"target_modules={target_modules!r} matches no module of {type(base.root).__name__}."
+            f" {_near(str(target_modules), names)}"
+        )
+    wrong = [name for name in found if not supported(names[name])]
+    if wrong:
+        kinds = sorted({type(names[name]).__name__ for name in wrong})
+        raise InjectionError(
+            f"target_modules={target_modules!r} names modules that this method can't adapt"
+            f" ({', '.join(kinds)}): {', '.join(wrong[:5])}. Name the layers inside them."
+        )
+    return found
+
+
+def match_modules(base: Base, patterns: Sequence[str], argument: str) -> list[str]:
+    """The modules of ``base.root`` that end with one of ``patterns`` (for ``modules_to_save``)."""
+    names = {name: module for name, module in base.root.named_modules() if name}
+    return _match_suffixes(patterns, names, argument)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is Hugging Face's ``Conv1D`` (GPT-2's linear layer, its weight stored as (in, out))."""
+    return any(c.__qualname__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+
+
+def parent_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that holds the one at ``name``."""
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+# What the LoRA paper (arXiv:2106.09685, section 4.2) adapts, in each architecture's own names: the query and
+# value projections, or the fused projection where there is one.
+_QUERY_VALUE = {
+    **dict.fromkeys(
+        ["bert", "roberta", "xlm-roberta", "electra", "camembert", "layoutlm", "vit", "deit", "beit", "data2vec-text"],
+        ("query", "value"),
+    ),
+    **dict.fromkeys(["deberta", "deberta-v2"], ("query_proj", "value_proj")),
+    "distilbert": ("q_lin", "v_lin"),
+    **dict.fromkeys(["t5", "mt5", "umt5"], ("q", "v")),
+    **dict.fromkeys(
+        # fmt: off
+        ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "opt",
+         "bart", "mbart", "whisper", "wav2vec2", "clip", "smollm3", "olmo", "olmo2", "granite", "cohere"],
+        # fmt: on
+        ("q_proj", "v_proj"),
+    ),
+    "gpt2": ("c_attn",),
+    **dict.fromkeys(["gpt_neox", "bloom", "falcon"], ("query_key_value",)),
+    "phi3": ("qkv_proj",),
+    "modernbert": ("Wqkv",),
+}
+
+
+def _default_targets(base: Base, names: dict[str, nn.Module]) -> str | list[str]:
+    model_type = getattr(getattr(base.root, "config", None), "model_type", None)
+    if model_type in _QUERY_VALUE:
+        return [s for s in _QUERY_VALUE[model_type] if any(_ends_with(name, s) for name in names)]
+    return "attention" if any(_inside_attention(base.root, name) and _is_linear(m) for name, m in names.items()) else "all-linear"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def _all_linear(base: Base, names: dict[str, nn.Module], supported: Callable[[nn.Module], bool]) -> list[str]:
+    output = _output_embeddings(base.root)
+    # A bare trunk computes its pooler, but whether the user's head reads it can't be seen from here, and a
+    # parameter without a gradient fails under DDP. Name it ("pooler.dense") where it is read.
+    unread = "pooler" if "" in base.frozen else None
+    return [
+        name
+        for name, module in names.items()
+        if _is_linear(module)
+        and supported(module)
+        and module is not output
+        and not isinstance(parent_of(base.root, name), nn.MultiheadAttention)
+        and (unread is None or name.split(".")[0] != unread)
+    ]
+
+
+def _inside_attention(root: nn.Module, name: str) -> bool:
+    parts = name.split(".")
+    ancestors = (root.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts)))
+    return any("attention" in type(ancestor).__name__.lower() for ancestor in ancestors)
+
+
+def _match_regex(pattern: str, names: Iterable[str]) -> list[str]:
+    try:
+        return [name for name in names if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise InjectionError(f"target_modules={pattern!r} isn't a valid regular expression: {error}.") from error
+
+
+def _match_suffixes(
+    patterns: Sequence[str], names: dict[str, nn.Module], argument: str = "target_modules"
+) -> list[str]:
+    for pattern in patterns:
+        if not any(_ends_with(name, pattern) for name in names):
+            raise InjectionError(f"{argument}: '{pattern}' matches no module. {_near(pattern, names)}")
+    return [name for name in names if any(_ends_with(name, pattern) for pattern in patterns)]
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def _near(wanted: str, names: Iterable[str]) -> str:
+    """A hint: the module names (their last parts, and the full paths) that are most like ``wanted``."""
+    ends = list(dict.fromkeys(end for name in names if not (end := name.rpartition(".")[2]).isdigit()))
+    wanted_end = re.split(r"[^\w]+", wanted.strip("[]'\"()$*."))[-1]
+    near = difflib.get_close_matches(wanted_end, ends, n=5, cutoff=0.5)
+    if near:
+        return f"Near names: {', '.join(near)}."
+    return f"Its modules are named: {', '.join(ends[:30])}{', …' if len(ends) > 30 else ''}."
+
+
+def _outermost(model: nn.Module, accept: Callable[[nn.Module], bool], name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    if accept(model):
+        yield name, model
+        return
+    for child_name, child in model.named_children():
+        yield from _outermost(child, accept, f"{name}.{child_name}".strip("."))
+
+
+def _is_pretrained_model(module: nn.Module) -> bool:
+    # By name, so that torch alone is imported: whoever holds such a model has imported transformers.
+    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+
+
+def _output_embeddings(root: nn.Module) -> nn.Module | None:
+    return root.get_output_embeddings() if _is_pretrained_model(root) else None  # type: ignore[operator]
+
+
+def _hugging_face_base(root: nn.Module, root_name: str) -> Base:
+    trunk = getattr(root, "base_model", root) if _is_pretrained_model(root) else root
+    if trunk is root:
+        return Base(root, root_name, ("",))
+    output = _output_embeddings(root)
+    frozen = [
+        name
+        for name, child in root.named_children()
+        if child is trunk or (output is not None and any(module is output for module in child.modules()))
+    ]
+    return Base(root, root_name, tuple(frozen))

@@ -1,0 +1,1 @@
+"""One room a method: its maths, its function, its callback, in that order."""

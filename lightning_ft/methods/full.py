@@ -1,0 +1,29 @@
+"""Full fine-tuning: every parameter of the base trains. The reference the others are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.injection import find_base, unfreeze
+
+
+@dataclass(eq=False)
+class FullFineTuning(FineTuning):
+    """Train everything: base and head.
+
+    Args:
+        modules_to_save: has no use here, since all is trained and saved.
+        backbone: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+    """
+
+    peft_type: ClassVar[str] = "PARTIAL"
+    default_lr: ClassVar[float] = 1e-4
+
+    def inject(self, model: nn.Module) -> list[str]:
+        """Unfreeze the base; see :meth:`FineTuning.inject`."""
+        unfreeze(find_base(model, self.backbone).parts())
+        return []
