@@ -1,0 +1,86 @@
+"""What training costs: the share of parameters trained, throughput, time and memory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.data import extract_batch_size
+
+from lightning_ft.callbacks.finetuning import count_parameters
+
+
+class Efficiency(Callback):
+    """Logs, after each epoch, what it cost; drops into any project.
+
+    Logged: ``cost/trained_share`` (of all parameters), ``cost/samples_per_second`` (training alone, without
+    validation) and ``cost/peak_memory_mib`` (of the GPU's allocator, or of the process on a CPU).
+
+    Attributes:
+        seconds: how long ``fit`` took, all in all.
+        peak_memory_mib: the highest figure so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.peak_memory_mib = 0.0
+        self._started = self._epoch_started = self._validation_started = 0.0
+        self._paused = 0.0
+        self._samples = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start an epoch's count."""
+        self._epoch_started, self._paused, self._samples = time.perf_counter(), 0.0, 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the samples."""
+        self._samples += extract_batch_size(batch)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Pause the epoch's clock."""
+        self._validation_started = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let it go on."""
+        self._paused += time.perf_counter() - self._validation_started
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the epoch's figures."""
+        total, trained = count_parameters(pl_module)
+        seconds = time.perf_counter() - self._epoch_started - self._paused
+        self.peak_memory_mib = peak_memory_mib(pl_module.device)
+        pl_module.log_dict(
+            {
+                "cost/trained_share": trained / total,
+                "cost/samples_per_second": self._samples * trainer.world_size / seconds,
+                "cost/peak_memory_mib": self.peak_memory_mib,
+            }
+        )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self.seconds = time.perf_counter() - self._started
+        self.peak_memory_mib = peak_memory_mib(pl_module.device)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory in MiB: what the allocator of a CUDA device held, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,226 @@
+"""Text data from files, folders, the hub, or the package, with errors that name the file and the row."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+SPLITS = ("train", "validation", "test")
+_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
+_BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_BUNDLED = Path(__file__).parent / "bundled"
+
+
+class DataError(ValueError):
+    """The data can't be used as it is; the message names the file, the row or column, and the cure."""
+
+
+def read(path: str | Path | Mapping[str, str | Path], encoding: str = "utf-8") -> dict[str, Dataset]:
+    """The splits at ``path``.
+
+    Args:
+        path: a file (CSV, TSV, JSONL, Parquet) as the single split ``train``; a folder of files named after
+            their splits; a mapping of split to file; ``bundled:NAME`` for data that comes with the package;
+            or a name on the Hugging Face hub.
+        encoding: of CSV, TSV and JSONL files.
+
+    Raises:
+        DataError: if a file is missing, empty or can't be parsed, or nothing is found.
+    """
+    if isinstance(path, Mapping):
+        return {_split_name(split): _read_file(Path(file), encoding) for split, file in path.items()}
+    if str(path).startswith("bundled:"):
+        return _read_folder(_bundled(str(path).removeprefix("bundled:")), encoding)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _read_folder(local, encoding)
+    if local.is_file() or local.suffix in _BUILDERS or local.is_absolute() or str(path).startswith("."):
+        return {"train": _read_file(local, encoding)}
+    return _read_hub(str(path))
+
+
+def check(splits: Mapping[str, Dataset], text: str, label: str, source: str) -> None:
+    """Raise DataError unless each row of each split has a text and a label, and training saw each label."""
+    for split, rows in splits.items():
+        where = f"{source}, {split}"
+        for column in (text, label):
+            if column not in rows.column_names:
+                raise DataError(
+                    f"{where}: there is no column '{column}'; the columns are {', '.join(rows.column_names)}."
+                    f" Name the right one: data.text=..., data.label=...{_did_you_mean(column, rows.column_names)}"
+                )
+        _check_rows(where, "text", text, rows[text], lambda value: isinstance(value, str) and bool(value.strip()))
+        _check_rows(where, "label", label, rows[label], lambda value: value is not None and str(value).strip() != "")
+    known = {str(value) for value in splits["train"][label]}
+    for split, rows in splits.items():
+        labels = [str(value) for value in rows[label]]
+        unseen = [value for value in labels if value not in known]
+        if unseen:
+            raise DataError(
+                f"{source}, {split}: the label '{unseen[0]}' (row {labels.index(unseen[0]) + 1}, {len(unseen)} rows"
+                f" in all) doesn't occur in train, whose labels are {', '.join(sorted(known)[:20])}. Correct it, or"
+                " add examples of it to train."
+            )
+
+
+def complete(
+    splits: dict[str, Dataset], label: str, validation: float, test: float, seed: int, source: str
+) -> dict[str, Dataset]:
+    """Carve the splits that aren't given out of ``train``, each label by the same share, by the seed.
+
+    Raises:
+        DataError: if there is no train split, or a label has too few rows for it.
+    """
+    if "train" not in splits:
+        raise DataError(f"{source}: there is no train split, only {', '.join(splits)}.")
+    if not (0 < validation < 1 and 0 < test < 1 and validation + test < 1):
+        raise DataError(f"validation={validation} and test={test} must be shares above 0 that add up to less than 1.")
+    train, left = splits["train"], 1.0
+    done = dict(splits)
+    for name, share in (("test", test), ("validation", validation)):
+        if name not in splits:
+            train, done[name] = _split(train, label, share / left, seed, source)
+            left -= share
+    return {"train": train, "validation": done["validation"], "test": done["test"]}
+
+
+def label_names(rows: Dataset, label: str) -> list[str]:
+    """The labels of a split in the order of their ids: the data's own order, or numeric, or alphabetical."""
+    feature = rows.features[label]
+    if isinstance(feature, ClassLabel):
+        return cast("list[str]", feature.names)
+    values = set(rows[label])
+    numeric = all(isinstance(value, (int, float)) for value in values)
+    return [str(value) for value in (sorted(values) if numeric else sorted(map(str, values)))]
+
+
+@contextmanager
+def quiet_bars(rows: int) -> Iterator[None]:
+    """Without the progress bars of ``datasets`` where there is too little to wait for."""
+    shown = is_progress_bar_enabled()
+    if rows < 20_000:
+        disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
+def _split_name(name: str) -> str:
+    split = _ALIASES.get(name, name)
+    if split not in SPLITS:
+        raise DataError(f"'{name}' isn't a split; splits are {', '.join(SPLITS)}.")
+    return split
+
+
+def _bundled(name: str) -> Path:
+    folder = _BUNDLED / name
+    if not folder.is_dir():
+        names = sorted(p.name for p in _BUNDLED.iterdir() if p.is_dir() and not p.name.startswith("_"))
+        raise DataError(f"No data set '{name}' comes with the package; there are {', '.join(names)}.")
+    return folder
+
+
+def _read_folder(folder: Path, encoding: str) -> dict[str, Dataset]:
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        split = _ALIASES.get(file.stem, file.stem)
+        if split in SPLITS and file.suffix in _BUILDERS:
+            if split in found:
+                raise DataError(f"'{folder}' has two files for {split}: {found[split].name} and {file.name}.")
+            found[split] = file
+    if "train" not in found:
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:20]) or "nothing"
+        raise DataError(
+            f"'{folder}' holds no train file: expected train, validation and test with one of the endings"
+            f" {', '.join(_BUILDERS)}; it holds {there}."
+        )
+    return {split: _read_file(found[split], encoding) for split in SPLITS if split in found}
+
+
+def _read_file(file: Path, encoding: str) -> Dataset:
+    file = file.expanduser()
+    if not file.is_file():
+        near = _did_you_mean(file.name, [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else [])
+        raise DataError(f"There is no file '{file}'.{near}")
+    if file.suffix not in _BUILDERS:
+        raise DataError(f"'{file}' has an ending that isn't known; known are {', '.join(_BUILDERS)}.")
+    if file.stat().st_size == 0:
+        raise DataError(f"'{file}' is empty.")
+    builder = _BUILDERS[file.suffix]
+    options: dict[str, Any] = {} if builder == "parquet" else {"encoding": encoding}
+    if builder == "csv":
+        # "NA", "null" and "None" are words a text may consist of.
+        options |= {"sep": "\t" if file.suffix == ".tsv" else ",", "keep_default_na": False}
+    try:
+        with quiet_bars(0):
+            rows = load_dataset(builder, data_files=str(file), split="train", **options)
+    except Exception as error:  # `datasets` wraps every parser's own
+        raise DataError(_why_unreadable(file, encoding, error)) from error
+    if len(rows) == 0:
+        raise DataError(f"'{file}' holds no rows.")
+    return rows
+
+
+def _why_unreadable(file: Path, encoding: str, error: BaseException) -> str:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, UnicodeDecodeError):
+        return f"'{file}' isn't {encoding}: {cause.reason} at byte {cause.start}. Name its encoding, e.g. data.encoding=latin-1."
+    if isinstance(cause, LookupError) and "encoding" in str(cause):
+        return f"'{encoding}' isn't an encoding that Python knows; common ones are utf-8, utf-16, latin-1, gb18030."
+    return f"'{file}' can't be read as {_BUILDERS[file.suffix].upper()}: {str(cause).strip().splitlines()[0]}"
+
+
+def _read_hub(name: str) -> dict[str, Dataset]:
+    try:
+        loaded = load_dataset(name)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"'{name}' is no file or folder here, and can't be had from the Hugging Face hub: {reason}"
+            f" For a file, give its path with its ending ({', '.join(_BUILDERS)})."
+        ) from error
+    assert isinstance(loaded, DatasetDict)
+    return {_ALIASES.get(split, split): rows for split, rows in loaded.items() if _ALIASES.get(split, split) in SPLITS}
+
+
+def _check_rows(where: str, kind: str, column: str, values: Sequence[Any], good: Any) -> None:
+    bad = [(i + 1, value) for i, value in enumerate(values) if not good(value)]
+    if bad:
+        row, value = bad[0]
+        rows = ", ".join(str(i) for i, _ in bad[:10]) + (", …" if len(bad) > 10 else "")
+        what = f"no {kind}" if value is None or str(value).strip() == "" else f"{value!r}, which is no {kind},"
+        raise DataError(
+            f"{where}: row {row} has {what} in column '{column}' ({len(bad)} such rows: {rows}; counted from 1,"
+            " a header not included). Fill or remove them."
+        )
+
+
+def _split(rows: Dataset, label: str, share: float, seed: int, source: str) -> tuple[Dataset, Dataset]:
+    counts = Counter(str(value) for value in rows[label])
+    rare, count = min(counts.items(), key=lambda item: item[1])
+    if count < 2 or min(share, 1 - share) * len(rows) < len(counts):
+        raise DataError(
+            f"{source}: too few rows to split by ratio: label '{rare}' has {count} of {len(rows)}. Each label needs a"
+            " row in each split. Add rows, or give the splits in files of their own."
+        )
+    from sklearn.model_selection import train_test_split
+
+    labels = [str(value) for value in rows[label]]
+    kept, taken = train_test_split(range(len(rows)), test_size=share, random_state=seed, stratify=labels)
+    return rows.select(sorted(kept)), rows.select(sorted(taken))
+
+
+def _did_you_mean(wanted: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(near)}?" if near else ""

@@ -1,0 +1,116 @@
+"""Parameter groups and learning-rate schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def parameter_groups(model: nn.Module, trunk: nn.Module, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """What trains of ``model``, grouped by weight decay and depth.
+
+    Biases, norms and other vectors get no weight decay. With ``layer_decay`` d < 1, layer l of L has the
+    rate lr · d^(L + 1 - l), where embeddings are layer 0 and the head L + 1 (discriminative fine-tuning,
+    Howard & Ruder 2018, https://arxiv.org/abs/1801.06146, section 3.2; the exponent is BEiT's).
+
+    Args:
+        model: the whole module; what of it lies outside ``trunk`` is head.
+        trunk: the pretrained part, with its layers in an ``nn.ModuleList``.
+        layer_decay: d, above 0 and at most 1.
+
+    Returns:
+        Groups for an optimizer; ``lr_scale`` in each is for :func:`scale_rates`.
+
+    Raises:
+        ValueError: for a ``layer_decay`` out of range, or below 1 where the trunk has no stack of layers.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be above 0 and at most 1, not {layer_decay}.")
+    depths = _depths(trunk) if layer_decay < 1 else {}
+    head = max(depths.values(), default=0) + 1
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        depth, decays = depths.get(id(parameter), head), parameter.ndim > 1
+        if (depth, decays) not in groups:
+            name = f"{'layer_' + str(depth) if depth != head else 'head' if depths else 'all'}{'' if decays else '_no_decay'}"
+            groups[depth, decays] = {"params": [], "name": name, "lr_scale": layer_decay ** (head - depth)}
+            if not decays:
+                groups[depth, decays]["weight_decay"] = 0.0
+        groups[depth, decays]["params"].append(parameter)
+    return list(groups.values())
+
+
+def scale_rates(optimizer: Optimizer) -> Optimizer:
+    """Multiply each group's rate by its ``lr_scale``; returns the optimizer."""
+    for group in optimizer.param_groups:
+        group["lr"] *= group.pop("lr_scale")
+    return optimizer
+
+
+def linear(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -> LambdaLR:
+    """Rise to the rate over ``warmup``, then fall to 0 in a straight line. ``warmup``: see :func:`warmup_steps`."""
+    from transformers import get_linear_schedule_with_warmup
+
+    return get_linear_schedule_with_warmup(optimizer, warmup_steps(warmup, total_steps), total_steps)
+
+
+def cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -> LambdaLR:
+    """Rise to the rate over ``warmup``, then fall to 0 along half a cosine. ``warmup``: see :func:`warmup_steps`."""
+    from transformers import get_cosine_schedule_with_warmup
+
+    return get_cosine_schedule_with_warmup(optimizer, warmup_steps(warmup, total_steps), total_steps)
+
+
+def constant(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -> LambdaLR:
+    """Rise to the rate over ``warmup`` and stay. ``warmup``: see :func:`warmup_steps`."""
+    from transformers import get_constant_schedule_with_warmup
+
+    return get_constant_schedule_with_warmup(optimizer, warmup_steps(warmup, total_steps))
+
+
+def warmup_steps(warmup: float, total_steps: int) -> int:
+    """``warmup`` below 1 is a share of all steps; a whole number of 1 or more is steps.
+
+    Raises:
+        ValueError: if it is negative, a fraction above 1, or longer than the training.
+    """
+    if warmup < 0 or (warmup > 1 and warmup != int(warmup)):
+        raise ValueError(f"warmup must be a share below 1 or a whole number of steps, not {warmup}.")
+    if warmup > total_steps:
+        raise ValueError(f"warmup={int(warmup)} steps is longer than the training of {total_steps} steps.")
+    return round(warmup * total_steps) if warmup < 1 else int(warmup)
+
+
+def _depths(trunk: nn.Module) -> dict[int, int]:
+    """The layer of each parameter of the trunk, by id: 0 for what comes before the stacks of layers."""
+    stacks = dict(_stacks(trunk))
+    if not stacks:
+        raise ValueError(
+            f"layer_decay needs a stack of layers (an nn.ModuleList), and {type(trunk).__name__} has none."
+        )
+    top = max(len(stack) for stack in stacks.values())
+    depths: dict[int, int] = {}
+    passed = False  # modules are listed in the order of their making: embeddings, layers, pooler
+    for name, module in trunk.named_modules():
+        stack = next((s for s in stacks if name.startswith(f"{s}.")), None)
+        passed = passed or stack is not None
+        depth = int(name[len(stack) + 1 :].split(".")[0]) + 1 if stack is not None else top if passed else 0
+        for parameter in module.parameters(recurse=False):
+            depths.setdefault(id(parameter), depth)
+    return depths
+
+
+def _stacks(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """The outermost ModuleLists of at least two layers, with their names."""
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}".lstrip(".")
+        if isinstance(child, nn.ModuleList) and len(child) > 1:
+            yield path, child
+        else:
+            yield from _stacks(child, path)

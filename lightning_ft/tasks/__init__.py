@@ -1,0 +1,1 @@
+"""FineTuner, the LightningModule of ours, and the tasks it hosts: heads, losses, metrics."""

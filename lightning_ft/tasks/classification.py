@@ -1,0 +1,178 @@
+"""Classification of a text into one of several labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
+
+from lightning_ft.tasks.pretrained import load_pretrained
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedModel
+
+
+class Classification(nn.Module):
+    """A sequence-classification head, cross-entropy, and the metrics of it.
+
+    Args:
+        labels: the names of the classes, in the order of their ids.
+        class_weights: weights of the classes in the loss: one a label, by name or in order, or
+            ``"balanced"`` for n / (classes · count), which makes up for imbalance.
+        label_smoothing: share of the target spread over all classes (Szegedy et al. 2016,
+            https://arxiv.org/abs/1512.00567, section 7).
+        label_counts: how often each label occurs in training, in order; needed for ``"balanced"``.
+
+    Raises:
+        ValueError: if there are fewer than two labels, or the weights don't fit them.
+    """
+
+    monitor = "val/f1"
+    """The metric that says which checkpoint is best."""
+
+    def __init__(
+        self,
+        labels: Sequence[str],
+        class_weights: str | Sequence[float] | Mapping[str, float] | None = None,
+        label_smoothing: float = 0.0,
+        label_counts: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if len(labels) < 2:
+            raise ValueError(f"Classification needs at least two labels; there is only {list(labels)}.")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}.")
+        self.labels = list(labels)
+        self.label_smoothing = label_smoothing
+        self.register_buffer("weight", _weights(self.labels, class_weights, label_counts), persistent=False)
+        self.weight: Tensor | None
+        self.metrics = nn.ModuleDict({stage: _metrics(len(labels)) for stage in ("val", "test")})
+
+    def build(self, name: str) -> PreTrainedModel:
+        """The pretrained model with a new head for these labels; errors as of :func:`load_pretrained`."""
+        from transformers import AutoModelForSequenceClassification
+
+        names = dict(enumerate(self.labels))
+        model = load_pretrained(
+            AutoModelForSequenceClassification,
+            name,
+            num_labels=len(self.labels),
+            id2label=names,
+            label2id={label: i for i, label in names.items()},
+        )
+        if model.config.pad_token_id is None:  # decoders find a row's last token by it
+            model.config.pad_token_id = model.config.eos_token_id
+        return model
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy: logits (batch, classes), labels (batch,) to a scalar, computed in fp32."""
+        return F.cross_entropy(logits.float(), labels, self.weight, label_smoothing=self.label_smoothing)
+
+    def update(self, stage: str, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch in the metrics of ``stage``, ``"val"`` or ``"test"``."""
+        self._of(stage).update(logits, labels)
+
+    def scores(self, stage: str) -> dict[str, Tensor]:
+        """Accuracy and macro F1 of ``stage`` since the last reset."""
+        values = self._of(stage).compute()
+        return {"accuracy": values["accuracy"], "f1": values["f1"]}
+
+    def reset(self, stage: str) -> None:
+        """Begin counting anew."""
+        self._of(stage).reset()
+
+    def table(self, stage: str) -> tuple[list[str], list[list[Any]]]:
+        """Columns and rows of the per-class table: precision, recall, F1, and the number of examples."""
+        values = self._of(stage).compute()
+        columns = ["precision", "recall", "f1_per_class"]
+        support = values["confusion"].sum(dim=1)
+        rows = [
+            [label, *(round(float(values[c][i]), 4) for c in columns), int(support[i])]
+            for i, label in enumerate(self.labels)
+        ]
+        return ["label", "precision", "recall", "f1", "examples"], rows
+
+    def picture(self, stage: str) -> Figure:
+        """The confusion matrix: a row a true label, a column a predicted one, shaded by the share of the row."""
+        from matplotlib.figure import Figure
+
+        counts = self._of(stage).compute()["confusion"].cpu().numpy()
+        shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+        n = len(self.labels)
+        size = 2.2 + 0.55 * max(n, 3)
+        figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(n), self.labels, rotation=45 if n > 4 else 0, ha="right" if n > 4 else "center")
+        axes.set_yticks(range(n), self.labels)
+        axes.set(xlabel="predicted", ylabel="true")
+        for i in range(n):
+            for j in range(n):
+                color = "white" if shares[i, j] > 0.5 else "black"
+                axes.text(j, i, f"{int(counts[i, j])}", ha="center", va="center", color=color)
+        figure.colorbar(image, ax=axes, label="share of the true label", shrink=0.8)
+        return figure
+
+    def predict(self, logits: Tensor) -> list[dict[str, Any]]:
+        """For each row of logits (batch, classes): the label, its probability, and all probabilities."""
+        probabilities = logits.float().softmax(dim=-1).cpu()
+        return [
+            {
+                "label": self.labels[int(row.argmax())],
+                "probability": float(row.max()),
+                "probabilities": dict(zip(self.labels, row.tolist(), strict=True)),
+            }
+            for row in probabilities
+        ]
+
+    def _of(self, stage: str) -> MetricCollection:
+        collection = self.metrics[stage]
+        assert isinstance(collection, MetricCollection)
+        return collection
+
+
+def _metrics(classes: int) -> MetricCollection:
+    return MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(classes, average="micro"),
+            "f1": MulticlassF1Score(classes, average="macro"),
+            "precision": MulticlassPrecision(classes, average="none"),
+            "recall": MulticlassRecall(classes, average="none"),
+            "f1_per_class": MulticlassF1Score(classes, average="none"),
+            "confusion": MulticlassConfusionMatrix(classes),
+        }
+    )
+
+
+def _weights(
+    labels: list[str],
+    weights: str | Sequence[float] | Mapping[str, float] | None,
+    counts: Sequence[int] | None,
+) -> Tensor | None:
+    if weights is None:
+        return None
+    if isinstance(weights, str):
+        if weights != "balanced":
+            raise ValueError(f"class_weights must be 'balanced', or a number for each label, not '{weights}'.")
+        if counts is None or len(counts) != len(labels) or min(counts) < 1:
+            raise ValueError("class_weights='balanced' needs label_counts: how often each label occurs in training.")
+        return torch.tensor([sum(counts) / (len(counts) * count) for count in counts], dtype=torch.float32)
+    if isinstance(weights, Mapping):
+        if set(weights) != set(labels):
+            raise ValueError(f"class_weights names {sorted(weights)}; the labels are {sorted(labels)}.")
+        weights = [weights[label] for label in labels]
+    if len(weights) != len(labels) or min(weights) < 0:
+        raise ValueError(f"class_weights must be {len(labels)} numbers of at least 0, one a label, not {list(weights)}.")
+    return torch.tensor(weights, dtype=torch.float32)

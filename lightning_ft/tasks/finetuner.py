@@ -1,0 +1,113 @@
+"""FineTuner: the LightningModule for those who have none of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_ft.optim import parameter_groups, scale_rates
+from lightning_ft.reporting import log_figure, log_table
+from lightning_ft.tasks.classification import Classification
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+    from transformers import PreTrainedModel
+
+
+class FineTuner(L.LightningModule):
+    """A pretrained Hugging Face model that learns a task. Which parameters train is the callback's affair.
+
+    Args:
+        model: a local folder, a name on the hub, or a model with the task's head already on.
+        task: what it learns: the head, the loss, the metrics.
+        optimizer: makes the optimizer from parameter groups, e.g. ``partial(torch.optim.AdamW, lr=1e-3)``.
+            Weight decay is kept off biases and norms.
+        scheduler: makes the schedule from the optimizer and the number of steps, e.g.
+            ``partial(lightning_ft.optim.linear, warmup=0.1)``; none for a constant rate.
+        layer_decay: each layer's learning rate is that of the one above times this (1 for none); the head
+            has the full rate (:func:`lightning_ft.optim.parameter_groups`).
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        task: Classification,
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
+        scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
+        layer_decay: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.model = task.build(model) if isinstance(model, str) else model
+        # from_pretrained gives a model in eval mode, and Lightning leaves modes alone.
+        self.model.train()
+        self.task = task
+        self.layer_decay = layer_decay
+        self._make_optimizer = optimizer or (lambda groups: torch.optim.AdamW(groups, lr=1e-3))
+        self._make_scheduler = scheduler
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """The model's logits: (batch, classes) from ``input_ids`` and ``attention_mask`` (batch, tokens)."""
+        logits: Tensor = self.model(**inputs).logits
+        return logits
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """The task's loss."""
+        logits, labels = self._logits(batch)
+        loss = self.task.loss(logits, labels)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Count the batch."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Count the batch."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
+        """The task's predictions, one a row."""
+        return self.task.predict(self(**{key: value for key, value in batch.items() if key != "labels"}))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics, the per-class table and the confusion matrix."""
+        log_table(self.loggers, "test/per_class", *self.task.table("test"))
+        log_figure(self.loggers, "test/confusion_matrix", self.task.picture("test"), self.trainer.global_step)
+        self._log_scores("test")
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig | Optimizer:
+        """The optimizer over what trains, and the schedule by the step."""
+        groups = parameter_groups(self, self.model.base_model, self.layer_decay)
+        optimizer = scale_rates(self._make_optimizer(groups))
+        if self._make_scheduler is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not steps < float("inf"):
+            raise ValueError("A learning-rate schedule needs an end: set max_epochs or max_steps in the Trainer.")
+        scheduler = self._make_scheduler(optimizer, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _logits(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        inputs = dict(batch)
+        labels = inputs.pop("labels")
+        return self(**inputs), labels
+
+    def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
+        logits, labels = self._logits(batch)
+        self.task.update(stage, logits, labels)
+        self.log(f"{stage}/loss", self.task.loss(logits, labels), batch_size=len(labels))
+
+    def _log_scores(self, stage: str) -> None:
+        scores = {f"{stage}/{name}": value for name, value in self.task.scores(stage).items()}
+        self.log_dict(scores, prog_bar=stage == "val")
+        self.task.reset(stage)

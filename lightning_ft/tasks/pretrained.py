@@ -1,0 +1,50 @@
+"""Pretrained models and tokenizers, from a folder or the hub, with errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
+    """``auto_class.from_pretrained(name, **kwargs)``, quietly.
+
+    Args:
+        auto_class: an Auto class of transformers.
+        name: a local folder or a name on the hub.
+        kwargs: passed on.
+
+    Raises:
+        OSError: if there is no such folder, and the hub doesn't have it or can't be reached.
+    """
+    try:
+        with _quiet():
+            return auto_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            raise
+        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
+        why = "HF_HUB_OFFLINE is set, and it isn't in the cache" if offline else str(error).splitlines()[0]
+        raise OSError(
+            f"The model '{name}' can't be loaded: it isn't a local folder, and from the hub: {why}."
+            " Give the path of a folder with config.json and model.safetensors, or a name from huggingface.co."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report that the new head is new, and its progress bar."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
