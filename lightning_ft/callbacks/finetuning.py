@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from inspect import signature
 from typing import Any, ClassVar
 
 from lightning.fabric.plugins import CheckpointIO
@@ -34,13 +34,12 @@ log = logging.getLogger(__name__)
 _BUILDERS = ("setup", "configure_model")  # the hooks in which a module may build itself, in Lightning's order
 
 
-@dataclass(eq=False)
 class FineTuning(Callback, ABC):
     """Fine-tune the user's LightningModule by one method.
 
-    A subclass is a dataclass of plain values with an :meth:`inject`. The module needs no base class of ours
-    and may be built in ``__init__``, ``setup()`` or ``configure_model()``. Checkpoints hold only what was
-    trained, and resume with Lightning's own ``fit(ckpt_path=...)``.
+    A subclass has an :meth:`inject`, and arguments that are plain values, each kept under its own name. The
+    module needs no base class of ours and may be built in ``__init__``, ``setup()`` or ``configure_model()``.
+    Checkpoints hold only what was trained, and resume with Lightning's own ``fit(ckpt_path=...)``.
 
     Args:
         modules_to_save: parts of the base to train whole and save beside what the method adds: paths, or
@@ -49,10 +48,11 @@ class FineTuning(Callback, ABC):
             Hugging Face model (see :func:`lightning_ft.injection.find_base`).
     """
 
-    modules_to_save: Sequence[str] | None = field(default=None, kw_only=True)
-    backbone: str | None = field(default=None, kw_only=True)
-
-    _fingerprint: dict[str, str] | None = field(default=None, init=False, repr=False)
+    # No dataclass: OmegaConf takes one that's passed through hydra's instantiate() for a config.
+    def __init__(self, modules_to_save: Sequence[str] | None = None, backbone: str | None = None) -> None:
+        self.modules_to_save = modules_to_save
+        self.backbone = backbone
+        self._fingerprint: dict[str, str] | None = None
 
     peft_type: ClassVar[str]
     """The method's name in files."""
@@ -114,7 +114,7 @@ class FineTuning(Callback, ABC):
 
     def record(self) -> dict[str, Any]:
         """Plain values from which :func:`lightning_ft.load_from_checkpoint` makes this callback again."""
-        arguments = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.init}
+        arguments = {name: _plain(getattr(self, name)) for name in signature(type(self)).parameters}
         return {"method": type(self).__name__, "arguments": arguments, "base": self._fingerprint}
 
     def _inject(self, model: nn.Module) -> None:

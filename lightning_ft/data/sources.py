@@ -222,5 +222,5 @@ def _split(rows: Dataset, label: str, share: float, seed: int, source: str) -> t
 
 
 def _did_you_mean(wanted: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(near)}?" if near else ""

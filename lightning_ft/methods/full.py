@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
@@ -11,14 +10,15 @@ from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.injection import find_base, unfreeze
 
 
-@dataclass(eq=False)
 class FullFineTuning(FineTuning):
     """Train everything: base and head.
 
     Args:
-        modules_to_save: has no use here, since all is trained and saved.
         backbone: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
     """
+
+    def __init__(self, backbone: str | None = None) -> None:
+        super().__init__(backbone=backbone)
 
     peft_type: ClassVar[str] = "PARTIAL"
     default_lr: ClassVar[float] = 1e-4

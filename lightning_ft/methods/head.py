@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
@@ -11,7 +10,6 @@ from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.injection import InjectionError, freeze_base
 
 
-@dataclass(eq=False)
 class HeadOnly(FineTuning):
     """Freeze the base and train what lies outside it.
 

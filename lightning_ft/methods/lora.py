@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -206,7 +206,6 @@ def _refuse_tied(root: nn.Module, name: str, module: nn.Module) -> None:
 # -------------------------------------------------------------------------------------------- the callback
 
 
-@dataclass(eq=False)
 class LoRA(FineTuning):
     """Low-rank adaptation of any LightningModule (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
@@ -227,25 +226,34 @@ class LoRA(FineTuning):
         InjectionError: on injection, see :meth:`FineTuning.inject`.
     """
 
-    r: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    target_modules: str | Sequence[str] | None = None
-    init_lora_weights: Init = field(default="kaiming", kw_only=True)
-
     peft_type: ClassVar[str] = "LORA"
     default_lr: ClassVar[float] = 1e-3
     layers: ClassVar[tuple[type[LoRALayer], ...]] = (LoRALinear, LoRAConv1D, LoRAEmbedding)
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"LoRA: r must be a whole number of at least 1, not {self.r!r}.")
-        if not isinstance(self.alpha, (int, float)) or self.alpha <= 0:
-            raise ValueError(f"LoRA: alpha must be a number above 0, not {self.alpha!r}.")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA: dropout must be a number in [0, 1), not {self.dropout!r}.")
-        if self.init_lora_weights not in get_args(Init):
-            raise ValueError(f"LoRA: init_lora_weights must be one of {', '.join(get_args(Init))}, not {self.init_lora_weights!r}.")
+    def __init__(
+        self,
+        r: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        target_modules: str | Sequence[str] | None = None,
+        init_lora_weights: Init = "kaiming",
+        modules_to_save: Sequence[str] | None = None,
+        backbone: str | None = None,
+    ) -> None:
+        super().__init__(modules_to_save, backbone)
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"LoRA: r must be a whole number of at least 1, not {r!r}.")
+        if not isinstance(alpha, (int, float)) or alpha <= 0:
+            raise ValueError(f"LoRA: alpha must be a number above 0, not {alpha!r}.")
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"LoRA: dropout must be a number in [0, 1), not {dropout!r}.")
+        if init_lora_weights not in get_args(Init):
+            raise ValueError(
+                f"LoRA: init_lora_weights must be one of {', '.join(get_args(Init))}, not {init_lora_weights!r}."
+            )
+        self.r, self.alpha, self.dropout = r, alpha, dropout
+        self.target_modules = target_modules
+        self.init_lora_weights: Init = init_lora_weights
 
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base and put LoRA into it; see :meth:`FineTuning.inject`."""

@@ -1,0 +1,1 @@
+"""The command line: ``lightning-ft train | evaluate | predict``. The only users of Hydra."""

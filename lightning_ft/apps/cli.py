@@ -1,0 +1,90 @@
+"""The command ``lightning-ft``: finds the app, and turns errors into messages.
+
+Imports nothing heavy, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+APPS = {
+    "train": "fine-tune a model; writes a run folder",
+    "evaluate": "score a run's adapter on a test split",
+    "predict": "classify texts with a run's adapter",
+}
+
+_QUOTED = ("text", "file", "run", "out", "data.path", "model.name")  # values that may hold what Hydra's grammar uses
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``lightning-ft APP OVERRIDES...``.
+
+    Returns:
+        The exit status: 0, 1 for an error in what was asked, 2 for an unknown app.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from lightning_ft import __version__
+
+        print(f"lightning-ft {__version__}")
+        return 0
+    app, overrides = arguments[0], [_quote(argument) for argument in arguments[1:]]
+    if app not in APPS:
+        near = difflib.get_close_matches(app, APPS, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        print(f"lightning-ft: there is no command '{app}'; there are {', '.join(APPS)}.{hint}", file=sys.stderr)
+        return 2
+    return _run(app, overrides)
+
+
+def _usage() -> str:
+    apps = "\n".join(f"  {name:<10} {what}" for name, what in APPS.items())
+    return (
+        "lightning-ft: fine-tuning for PyTorch Lightning\n\n"
+        "Usage: lightning-ft COMMAND [GROUP=CHOICE ...] [key.subkey=value ...]\n\n"
+        f"Commands:\n{apps}\n\n"
+        "lightning-ft COMMAND --help shows a command's groups, choices and values.\n"
+        "A full traceback of any error: LIGHTNING_FT_DEBUG=1."
+    )
+
+
+def _quote(argument: str) -> str:
+    """Quote a text or a path for Hydra, in whose grammar commas, brackets and quotes mean something."""
+    key, equals, value = argument.partition("=")
+    if not equals or key not in _QUOTED or not value or value[0] in "['\"" or value == "null":
+        return argument
+    escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def _run(app: str, overrides: list[str]) -> int:
+    # Hydra then raises its errors instead of printing them, and the message below can be a good one.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    program, sys.argv = sys.argv, [f"lightning-ft {app}", *overrides]
+    try:
+        importlib.import_module(f"lightning_ft.apps.{app}").main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from lightning_ft.apps.errors import explain
+
+        message = None if os.environ.get("LIGHTNING_FT_DEBUG") else explain(error)
+        if message is None:
+            raise
+        print(f"lightning-ft {app}: {message}", file=sys.stderr)
+        return 1
+    finally:
+        sys.argv = program
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""``lightning-ft evaluate``: score a run's adapter."""
+
+from __future__ import annotations
+
+import logging
+
+import hydra
+from omegaconf import DictConfig
+
+from lightning_ft.apps.paths import conf_dir
+
+
+@hydra.main(config_path=str(conf_dir()), config_name="evaluate", version_base="1.3")
+def main(config: DictConfig) -> None:
+    """Print the scores of the run on the test split."""
+    run, overrides = config.run, config.data
+
+    from lightning.pytorch.callbacks import Callback
+
+    from lightning_ft.apps import build, report, runs
+    from lightning_ft.apps.restore import restore
+
+    build.register_resolvers()
+    build.tidy_messages(logging.WARNING)
+    folder = runs.find_run(run)
+    module, data = restore(folder, overrides)
+    if data.labels != module.task.labels:
+        raise ValueError(f"the data's labels are {data.labels}, the run's {module.task.labels}.")
+
+    class PerClass(Callback):
+        rows: tuple[list[str], list[list[object]]]
+
+        def on_test_epoch_end(self, *_: object) -> None:
+            self.rows = module.task.table("test")
+
+    per_class = PerClass()
+    trainer = build.quiet_trainer()
+    trainer.callbacks.append(per_class)  # type: ignore[attr-defined]
+    scores = trainer.test(module, data, verbose=False)[0]
+    report.console.print(
+        f"{folder} on {data.path}: accuracy {scores['test/accuracy']:.1%}, macro F1 {scores['test/f1']:.1%},"
+        f" loss {scores['test/loss']:.3f}"
+    )
+    report.console.print(report.per_class_table(*per_class.rows))

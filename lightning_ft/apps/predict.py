@@ -1,0 +1,54 @@
+"""``lightning-ft predict``: classify texts with a run's adapter."""
+
+from __future__ import annotations
+
+import logging
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_ft.apps.paths import conf_dir
+
+
+@hydra.main(config_path=str(conf_dir()), config_name="predict", version_base="1.3")
+def main(config: DictConfig) -> None:
+    """Print, or write as JSON lines, a label for each text."""
+    run, out = config.run, config.out
+
+    import json
+    from pathlib import Path
+
+    from lightning_ft.apps import build, report, runs
+    from lightning_ft.apps.restore import restore
+
+    build.register_resolvers()
+    build.tidy_messages(logging.WARNING)
+    texts = _texts(config.text, config.file)
+    module, data = restore(runs.find_run(run), OmegaConf.create())
+    batches = build.quiet_trainer().predict(module, data.texts_dataloader(texts)) or []
+    predictions = [row for batch in batches for row in batch]
+    if out is None:
+        report.console.print(report.predictions_table(texts, predictions))
+        return
+    lines = [json.dumps({"text": t, **p}, ensure_ascii=False) for t, p in zip(texts, predictions, strict=True)]
+    Path(out).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    report.console.print(f"{len(lines):,} predictions written to {out}")
+
+
+def _texts(text: object, file: str | None) -> list[str]:
+    from pathlib import Path
+
+    from lightning_ft.apps.build import as_list
+
+    if (text is None) == (file is None):
+        raise ValueError("give either text='...' (or text=[a,b]) or file=PATH, with one text a line.")
+    if file is None:
+        texts = as_list(text)
+    elif Path(file).is_file():
+        texts = Path(file).read_text(encoding="utf-8").splitlines()
+    else:
+        raise ValueError(f"there is no file '{file}'.")
+    empty = [i + 1 for i, t in enumerate(texts) if not t.strip()]
+    if empty or not texts:
+        raise ValueError(f"text {empty[0]} of {len(texts)} is empty." if empty else "there is no text.")
+    return texts

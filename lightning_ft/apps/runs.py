@@ -1,0 +1,58 @@
+"""The run folder: what `train` leaves behind, and `evaluate` and `predict` come back to.
+
+    config.yaml     the composed config, with the labels read from the data
+    train.log       what was said
+    metrics/        metrics.csv, test_per_class.csv, test_confusion_matrix.png
+    checkpoints/    best.ckpt and last.ckpt, of what was trained
+    adapter/        the adapter with its head, in PEFT's format
+    results.json    the figures of the table
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+CONFIG, ADAPTER, RESULTS = "config.yaml", "adapter", "results.json"
+
+
+class RunError(ValueError):
+    """There is no such run, or it isn't finished."""
+
+
+def save_config(folder: Path, config: DictConfig, labels: list[str]) -> None:
+    """Write the composed config, interpolations kept, and the labels that the head was made for."""
+    copy = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    OmegaConf.update(copy, "task.labels", labels, force_add=True)
+    # Hydra's own values are gone when the config is read again.
+    for key in ("trainer.default_root_dir", "callbacks", "logger"):
+        if OmegaConf.select(copy, key, throw_on_missing=False, throw_on_resolution_failure=False) is not None:
+            OmegaConf.update(copy, key, OmegaConf.select(config, key))
+    (folder / CONFIG).write_text(OmegaConf.to_yaml(copy), encoding="utf-8")
+
+
+def find_run(name: str, root: Path = Path("runs")) -> Path:
+    """The folder of a finished run: a path, or ``last`` for the newest one in ``runs/``.
+
+    Raises:
+        RunError: if it isn't there, or holds no adapter.
+    """
+    if name == "last":
+        finished = [path.parent for path in root.glob(f"**/{RESULTS}")]
+        if not finished:
+            raise RunError(f"there is no finished run in '{root}'; `lightning-ft train` makes one.")
+        return max(finished, key=lambda path: (path / RESULTS).stat().st_mtime)
+    folder = Path(name).expanduser()
+    if not (folder / CONFIG).is_file() or not (folder / ADAPTER).is_dir():
+        runs = sorted(str(path.parent) for path in root.glob(f"**/{RESULTS}"))[-5:]
+        there = f" The newest runs: {', '.join(runs)}." if runs else ""
+        raise RunError(f"run='{name}' isn't the folder of a finished run ({CONFIG}, {ADAPTER}/).{there}")
+    return folder
+
+
+def load_config(folder: Path) -> DictConfig:
+    """The config of a run."""
+    config = OmegaConf.load(folder / CONFIG)
+    assert isinstance(config, DictConfig)
+    return config

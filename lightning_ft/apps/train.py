@@ -1,0 +1,88 @@
+"""``lightning-ft train``: a whole fine-tune from the config's groups, into a run folder."""
+
+from __future__ import annotations
+
+import logging
+
+import hydra
+from omegaconf import DictConfig
+
+from lightning_ft.apps.paths import conf_dir
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
+def main(config: DictConfig) -> float:
+    """Train, test, save; print the table. Returns the test score, for sweepers."""
+    from lightning_ft.apps import build
+
+    build.register_resolvers()
+    build.tidy_messages(logging.INFO)
+    return train(config)
+
+
+def train(config: DictConfig) -> float:
+    """One run; its folder is Hydra's output directory (:mod:`lightning_ft.apps.runs`)."""
+    import json
+    import os
+    from pathlib import Path
+
+    import lightning as L
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.utils import instantiate
+
+    from lightning_ft import save_adapter
+    from lightning_ft.apps import build, report, runs
+    from lightning_ft.callbacks.efficiency import Efficiency
+    from lightning_ft.callbacks.finetuning import count_parameters
+    from lightning_ft.reporting import log_folder
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    L.seed_everything(config.seed, verbose=False)
+    log.info("Base: %s", config.model.name)  # before the data, whose tokenizer is the model's
+    data, method = build.datamodule(config), build.method(config)
+    if config.optimizer.lr is None:
+        config.optimizer.lr = method.default_lr
+    module = build.finetuner(config, data.labels, data.label_counts)
+    runs.save_config(folder, config, data.labels)
+
+    before = build.quiet_trainer().test(module, data, verbose=False)[0] if config.test_before else {}
+
+    callbacks = list(instantiate(config.callbacks, _convert_="all").values())
+    efficiency = next((c for c in callbacks if isinstance(c, Efficiency)), None) or Efficiency()
+    if efficiency not in callbacks:
+        callbacks.append(efficiency)
+    loggers = list(instantiate(config.logger, _convert_="all").values())
+    trainer: L.Trainer = instantiate(config.trainer, callbacks=[method, *callbacks], logger=loggers, _convert_="all")
+    for logger in loggers:
+        logger.log_hyperparams(runs.load_config(folder))
+
+    trainer.fit(module, data)
+    after = trainer.test(module, data, ckpt_path="best", verbose=False)[0]
+    adapter = save_adapter(module, folder / runs.ADAPTER)
+    log_folder(loggers, f"adapter-{folder.name}", adapter, "adapter")
+
+    parameters, trained = count_parameters(module)
+    results = {
+        "method": type(method).__name__,
+        "data": str(config.data.path),
+        "before": before,
+        "after": after,
+        "parameters": parameters,
+        "trained": trained,
+        "seconds": efficiency.seconds,
+        "peak_memory_mib": efficiency.peak_memory_mib,
+        "adapter_bytes": sum(file.stat().st_size for file in adapter.iterdir()),
+    }
+    (folder / runs.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+    report.console.print(report.scores_table(results))
+    report.console.print(f"The run lies in [bold]{os.path.relpath(folder)}[/bold]\n")
+    samples = build.as_list(config.samples)
+    if samples:
+        batches = build.quiet_trainer().predict(module, data.texts_dataloader(samples)) or []
+        report.console.print(report.predictions_table(samples, [row for batch in batches for row in batch]))
+    for logger in loggers:
+        logger.finalize("success")
+    return float(after["test/f1"])
