@@ -29,7 +29,9 @@ def run(method: str, seed: int, data: str, overrides: list[str]) -> dict[str, fl
             f"data.path={data}", "data.seed=0", "test_before=false", "trainer.enable_progress_bar=false",
             f"hydra.run.dir={folder}", *overrides,
         ]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}\n{done.stderr}")
         results = json.loads((Path(folder) / "results.json").read_text())
     return {
         "accuracy": results["after"]["test/accuracy"],

@@ -52,4 +52,6 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     place = error.full_key.rpartition(".")[0] if error.full_key else ""
     where = f"'{place}' has" if place else "the config has"
     hint = f" Did you mean '{near[0]}'?" if near else ""
+    if not near and "_target_" in choices:
+        hint = f" An argument that {parent['_target_']} takes beside these: +{error.full_key}=..."
     return f"there is no option '{error.full_key or key}'; {where} {', '.join(sorted(choices))}.{hint}"

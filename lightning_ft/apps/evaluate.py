@@ -12,7 +12,7 @@ from lightning_ft.apps.paths import conf_dir
 
 @hydra.main(config_path=str(conf_dir()), config_name="evaluate", version_base="1.3")
 def main(config: DictConfig) -> None:
-    """Print the scores of the run on the test split."""
+    """Print the scores of the run, in all and by class."""
     run, overrides = config.run, config.data
 
     from lightning.pytorch.callbacks import Callback
@@ -24,8 +24,10 @@ def main(config: DictConfig) -> None:
     build.tidy_messages(logging.WARNING)
     folder = runs.find_run(run)
     module, data = restore(folder, overrides)
-    if data.labels != module.task.labels:
-        raise ValueError(f"the data's labels are {data.labels}, the run's {module.task.labels}.")
+    if overrides.path is None:
+        loader = data.test_dataloader()
+    else:
+        loader = data.scoring_dataloader(module.task.labels)
 
     class PerClass(Callback):
         rows: tuple[list[str], list[list[object]]]
@@ -36,7 +38,7 @@ def main(config: DictConfig) -> None:
     per_class = PerClass()
     trainer = build.quiet_trainer()
     trainer.callbacks.append(per_class)  # type: ignore[attr-defined]
-    scores = trainer.test(module, data, verbose=False)[0]
+    scores = trainer.test(module, loader, verbose=False)[0]
     report.console.print(
         f"{folder} on {data.path}: accuracy {scores['test/accuracy']:.1%}, macro F1 {scores['test/f1']:.1%},"
         f" loss {scores['test/loss']:.3f}"

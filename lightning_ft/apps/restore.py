@@ -15,14 +15,13 @@ from lightning_ft.tasks.finetuner import FineTuner
 def restore(folder: Path, data_overrides: DictConfig) -> tuple[FineTuner, TextDataModule]:
     """The fine-tuned module and the (unread) data of the run in ``folder``.
 
-    Raises:
-        ValueError: if an override isn't an option of the run's data.
+    Args:
+        folder: the run's.
+        data_overrides: options of its data to change; null ones stay.
     """
     config = runs.load_config(folder)
-    for key, value in data_overrides.items():
-        if key not in config.data:
-            raise ValueError(f"there is no option 'data.{key}'; data has {', '.join(map(str, config.data))}.")
-        config.data[key] = value
-    module = build.finetuner(config, config.task.labels, [1] * len(config.task.labels))
+    config.data.update({key: value for key, value in data_overrides.items() if value is not None})
+    labels = config.task.labels
+    module = build.finetuner(config, labels, [1] * len(labels))  # the loss's weights play no part any more
     load_adapter(module, folder / runs.ADAPTER, config.method.get("backbone"))
     return module, build.datamodule(config)

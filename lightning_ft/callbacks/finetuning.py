@@ -6,7 +6,7 @@
     on_fit_start      the user's optimizers get what was injected, and lose what was frozen
     on_train_epoch_   frozen BatchNorms evaluate, injected dropouts drop
       start
-    teardown,         the module's hooks are as they were
+    teardown,         the module's hooks and modes are as they were
       on_exception
 """
 
@@ -53,6 +53,7 @@ class FineTuning(Callback, ABC):
         self.modules_to_save = modules_to_save
         self.backbone = backbone
         self._fingerprint: dict[str, str] | None = None
+        self._stilled: list[nn.Module] = []
 
     peft_type: ClassVar[str]
     """The method's name in files."""
@@ -97,18 +98,20 @@ class FineTuning(Callback, ABC):
         running statistics. Everything else keeps the mode that the user gave it.
         """
         for _, module in frozen_modules(find_base(pl_module, self.backbone)):
-            if isinstance(module, _NormBase):
-                module.eval()
+            if isinstance(module, _NormBase) and module.training:
+                self._stilled.append(module.eval())
         for _, injected in injected_modules(pl_module):
             injected.training = True  # type: ignore[attr-defined]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module its hooks back."""
+        """Give the module its hooks and modes back."""
         _restore_hooks(pl_module)
+        while self._stilled:
+            self._stilled.pop().train()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the module its hooks back."""
-        _restore_hooks(pl_module)
+        """Give the module its hooks and modes back."""
+        self.teardown(trainer, pl_module, "")
 
     # ------------------------------------------------------------------ for checkpoints
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from lightning_ft.data.batching import LengthBucketedSampler
-from lightning_ft.data.sources import DataError, check, complete, label_names, quiet_bars, read
+from lightning_ft.data.sources import DataError, check, complete, label_names, quiet_bars, read, row_labels
 from lightning_ft.tasks.pretrained import load_pretrained
 
 if TYPE_CHECKING:
@@ -99,8 +99,6 @@ class TextDataModule(L.LightningDataModule):
             return
         source = str(self.path)
         raw = read(self.path, self.encoding)
-        if "train" not in raw:
-            raise DataError(f"{source}: there is no train split, only {', '.join(raw)}.")
         check(raw, self.text, self.label, source)
         raw = complete(raw, self.label, self.validation, self.test, self.seed, source)
         self._labels = label_names(raw["train"], self.label)
@@ -122,22 +120,33 @@ class TextDataModule(L.LightningDataModule):
         """The test split, longest first."""
         return self._loader(self.splits["test"], 2 * self.batch_size, None)
 
+    def scoring_dataloader(self, labels: Sequence[str]) -> DataLoader[Any]:
+        """Other data to score a trained model on: its test split, or all of it where it has but one split.
+
+        Args:
+            labels: the model's, in the order of their ids.
+        """
+        raw = read(self.path, self.encoding)
+        rows = raw.get("test") or raw[next(iter(raw))]
+        check({"test": rows}, self.text, self.label, str(self.path), known=labels)
+        self._labels = list(labels)
+        return self._loader(self._encode(rows), 2 * self.batch_size, None)
+
     def texts_dataloader(self, texts: Sequence[str]) -> DataLoader[Any]:
         """Batches of new texts, in their order, for ``Trainer.predict``."""
         rows = [self._tokenize(list(texts[i : i + 1])) for i in range(len(texts))]
         single = [{key: values[0] for key, values in row.items() if key != "length"} for row in rows]
-        return DataLoader(single, self.batch_size, collate_fn=DataCollatorWithPadding(self.tokenizer))  # type: ignore[arg-type]
+        return DataLoader(single, batch_size=self.batch_size, collate_fn=DataCollatorWithPadding(self.tokenizer))  # type: ignore[arg-type]
 
     def _encode(self, rows: Dataset) -> Dataset:
         ids = {name: i for i, name in enumerate(self._labels)}
-        by_class = hasattr(rows.features[self.label], "names")
+        names = row_labels(rows, self.label)
 
-        def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-            labels = batch[self.label] if by_class else [ids[str(value)] for value in batch[self.label]]
-            return {**self._tokenize(batch[self.text]), "labels": labels}
+        def encode(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, Any]:
+            return {**self._tokenize(batch[self.text]), "labels": [ids[names[row]] for row in rows]}
 
         with quiet_bars(len(rows)):
-            return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenising")
+            return rows.map(encode, batched=True, with_indices=True, remove_columns=rows.column_names, desc="tokenising")
 
     def _tokenize(self, texts: list[str]) -> dict[str, Any]:
         limit = self.max_length or min(self.tokenizer.model_max_length, 512)
@@ -147,7 +156,7 @@ class TextDataModule(L.LightningDataModule):
     def _loader(self, rows: Dataset, batch_size: int, seed: int | None) -> DataLoader[Any]:
         return DataLoader(
             rows.remove_columns("length"),  # type: ignore[arg-type]
-            batch_size,
+            batch_size=batch_size,
             sampler=LengthBucketedSampler(rows["length"][:], batch_size, seed),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

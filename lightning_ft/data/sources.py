@@ -46,27 +46,40 @@ def read(path: str | Path | Mapping[str, str | Path], encoding: str = "utf-8") -
     return _read_hub(str(path))
 
 
-def check(splits: Mapping[str, Dataset], text: str, label: str, source: str) -> None:
-    """Raise DataError unless each row of each split has a text and a label, and training saw each label."""
+def check(
+    splits: Mapping[str, Dataset], text: str, label: str, source: str, known: Sequence[str] | None = None
+) -> None:
+    """Raise DataError unless each row has a text and a label, and training saw each label.
+
+    Args:
+        splits: rows by split.
+        text: the column of the text.
+        label: the column of the label.
+        source: where the rows are from, for the message.
+        known: the labels that there may be; by default those of the train split.
+    """
     for split, rows in splits.items():
         where = f"{source}, {split}"
-        for column in (text, label):
+        for option, column in (("text", text), ("label", label)):
             if column not in rows.column_names:
                 raise DataError(
                     f"{where}: there is no column '{column}'; the columns are {', '.join(rows.column_names)}."
-                    f" Name the right one: data.text=..., data.label=...{_did_you_mean(column, rows.column_names)}"
+                    f" Name the right one: data.{option}=...{_did_you_mean(column, rows.column_names)}"
                 )
         _check_rows(where, "text", text, rows[text], lambda value: isinstance(value, str) and bool(value.strip()))
         _check_rows(where, "label", label, rows[label], lambda value: value is not None and str(value).strip() != "")
-    known = {str(value) for value in splits["train"][label]}
+    if known is None:
+        if "train" not in splits:
+            raise DataError(f"{source}: there is no train split, only {', '.join(splits)}.")
+        known = label_names(splits["train"], label)
     for split, rows in splits.items():
-        labels = [str(value) for value in rows[label]]
-        unseen = [value for value in labels if value not in known]
+        labels = row_labels(rows, label)
+        unseen = [i for i, value in enumerate(labels) if value not in known]
         if unseen:
             raise DataError(
-                f"{source}, {split}: the label '{unseen[0]}' (row {labels.index(unseen[0]) + 1}, {len(unseen)} rows"
-                f" in all) doesn't occur in train, whose labels are {', '.join(sorted(known)[:20])}. Correct it, or"
-                " add examples of it to train."
+                f"{source}, {split}: the label '{labels[unseen[0]]}' (row {unseen[0] + 1}, {len(unseen)} such rows)"
+                f" doesn't occur in training, whose labels are {', '.join(known[:20])}. Correct it, or add examples"
+                " of it to train."
             )
 
 
@@ -76,10 +89,8 @@ def complete(
     """Carve the splits that aren't given out of ``train``, each label by the same share, by the seed.
 
     Raises:
-        DataError: if there is no train split, or a label has too few rows for it.
+        DataError: if the shares make no sense, or a label has too few rows for them.
     """
-    if "train" not in splits:
-        raise DataError(f"{source}: there is no train split, only {', '.join(splits)}.")
     if not (0 < validation < 1 and 0 < test < 1 and validation + test < 1):
         raise DataError(f"validation={validation} and test={test} must be shares above 0 that add up to less than 1.")
     train, left = splits["train"], 1.0
@@ -91,11 +102,19 @@ def complete(
     return {"train": train, "validation": done["validation"], "test": done["test"]}
 
 
-def label_names(rows: Dataset, label: str) -> list[str]:
-    """The labels of a split in the order of their ids: the data's own order, or numeric, or alphabetical."""
+def row_labels(rows: Dataset, label: str) -> list[str]:
+    """The label of each row, by name."""
     feature = rows.features[label]
+    values: list[Any] = list(rows[label])
+    return [feature.int2str(value) for value in values] if isinstance(feature, ClassLabel) else [str(v) for v in values]
+
+
+def label_names(rows: Dataset, label: str) -> list[str]:
+    """The labels that occur, in the order of their ids: the data's own order, or numeric, or alphabetical."""
+    feature = rows.features[label]
+    occurring = set(row_labels(rows, label))
     if isinstance(feature, ClassLabel):
-        return cast("list[str]", feature.names)
+        return [name for name in feature.names if name in occurring]
     values = set(rows[label])
     numeric = all(isinstance(value, (int, float)) for value in values)
     return [str(value) for value in (sorted(values) if numeric else sorted(map(str, values)))]
@@ -207,7 +226,8 @@ def _check_rows(where: str, kind: str, column: str, values: Sequence[Any], good:
 
 
 def _split(rows: Dataset, label: str, share: float, seed: int, source: str) -> tuple[Dataset, Dataset]:
-    counts = Counter(str(value) for value in rows[label])
+    labels = row_labels(rows, label)
+    counts = Counter(labels)
     rare, count = min(counts.items(), key=lambda item: item[1])
     if count < 2 or min(share, 1 - share) * len(rows) < len(counts):
         raise DataError(
@@ -216,7 +236,6 @@ def _split(rows: Dataset, label: str, share: float, seed: int, source: str) -> t
         )
     from sklearn.model_selection import train_test_split
 
-    labels = [str(value) for value in rows[label]]
     kept, taken = train_test_split(range(len(rows)), test_size=share, random_state=seed, stratify=labels)
     return rows.select(sorted(kept)), rows.select(sorted(taken))
 

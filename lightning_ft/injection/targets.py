@@ -72,17 +72,17 @@ def find_base(model: nn.Module, backbone: str | None = None) -> Base:
                 f"backbone='{backbone}' names no module of {type(model).__name__}."
                 f" {_near(backbone, [name for name in named if name])}"
             )
-        return _hugging_face_base(named[path], path)
+        return _base_at(model, path)
 
     pretrained = list(_outermost(model, _is_pretrained_model))
     if len(pretrained) == 1:
-        return _hugging_face_base(pretrained[0][1], pretrained[0][0])
+        return _base_at(model, pretrained[0][0])
 
     candidates = [name for name, _ in pretrained] or [
         name for name, child in model.named_children() if any(True for _ in child.parameters())
     ]
     if len(candidates) == 1 and not pretrained and not list(model.parameters(recurse=False)):
-        return Base(model.get_submodule(candidates[0]), candidates[0], ("",))
+        return _base_at(model, candidates[0])
     if not candidates:
         raise InjectionError(
             f"{type(model).__name__} holds no module with parameters: there is nothing to fine-tune. If it is"
@@ -268,14 +268,19 @@ def _output_embeddings(root: nn.Module) -> nn.Module | None:
     return root.get_output_embeddings() if _is_pretrained_model(root) else None  # type: ignore[operator]
 
 
-def _hugging_face_base(root: nn.Module, root_name: str) -> Base:
+def _base_at(model: nn.Module, name: str) -> Base:
+    """The base that the module at ``name`` is, or that the Hugging Face model there has."""
+    root = model.get_submodule(name)
     trunk = getattr(root, "base_model", root) if _is_pretrained_model(root) else root
+    if name and not any(True for _ in root.children()):  # a single layer: named from the module that holds it
+        outer, _, own = name.rpartition(".")
+        return Base(model.get_submodule(outer), outer, (own,))
     if trunk is root:
-        return Base(root, root_name, ("",))
+        return Base(root, name, ("",))
     output = _output_embeddings(root)
     frozen = [
-        name
-        for name, child in root.named_children()
+        child_name
+        for child_name, child in root.named_children()
         if child is trunk or (output is not None and any(module is output for module in child.modules()))
     ]
-    return Base(root, root_name, tuple(frozen))
+    return Base(root, name, tuple(frozen))

@@ -1,0 +1,104 @@
+"""Buckets by length: every row once, in an order of its own, with little padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_ft.data.batching import LengthBucketedSampler
+
+SIZES = [(0, 4), (1, 4), (3, 4), (4, 4), (5, 4), (64, 8), (65, 8), (71, 8), (200, 16), (7, 1)]
+
+
+def random_lengths(rows: int) -> list[int]:
+    return torch.randint(3, 60, (rows,), generator=torch.Generator().manual_seed(rows)).tolist()
+
+
+def batches(order: list[int], batch_size: int) -> list[list[int]]:
+    """As a DataLoader cuts them."""
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def padding(order: list[int], lengths: list[int], batch_size: int) -> int:
+    cut = batches(order, batch_size)
+    return sum(max(lengths[i] for i in batch) - lengths[j] for batch in cut for j in batch)
+
+
+@pytest.mark.parametrize("seed", [None, 0, 7])
+@pytest.mark.parametrize("bucket_batches", [1, 3, 100])
+@pytest.mark.parametrize(("rows", "batch_size"), SIZES)
+def test_order_is_a_permutation(rows: int, batch_size: int, bucket_batches: int, seed: int | None) -> None:
+    sampler = LengthBucketedSampler(random_lengths(rows), batch_size, seed, bucket_batches)
+    assert sorted(sampler) == list(range(rows))
+    assert len(sampler) == rows
+
+
+def test_order_differs_by_epoch_and_seed_and_by_nothing_else() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = LengthBucketedSampler(random_lengths(100), 8, seed)
+        sampler.set_epoch(epoch)
+        assert list(sampler) == list(sampler)
+        return list(sampler)
+
+    assert order(3, epoch=5) == order(3, epoch=5)
+    orders = [tuple(order(seed, epoch)) for seed in (0, 1000) for epoch in range(4)]
+    assert len(set(orders)) == len(orders)
+
+
+def test_order_leaves_torchs_own_generator_alone() -> None:
+    before = torch.get_rng_state()
+    list(LengthBucketedSampler(random_lengths(50), 8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), SIZES[1:])
+def test_in_one_bucket_each_batch_is_a_slice_of_all_sorted_lengths(rows: int, batch_size: int) -> None:
+    lengths = random_lengths(rows)
+    order = list(LengthBucketedSampler(lengths, batch_size, bucket_batches=1_000))
+    found = sorted(sorted(lengths[i] for i in batch) for batch in batches(order, batch_size))
+    expected = [sorted(part) for part in batches(sorted(lengths, reverse=True), batch_size)]
+    assert found == sorted(expected)
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), SIZES[1:])
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_each_batch_is_a_slice_of_one_sorted_bucket(rows: int, batch_size: int, epoch: int) -> None:
+    lengths, bucket_batches, seed = random_lengths(rows), 3, 11
+    sampler = LengthBucketedSampler(lengths, batch_size, seed, bucket_batches)
+    sampler.set_epoch(epoch)
+    # The documented first step: shuffle all rows, cut them into buckets.
+    shuffled = torch.randperm(rows, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+    slices = [
+        set(part)
+        for bucket in batches(shuffled, batch_size * bucket_batches)
+        for part in batches(sorted(bucket, key=lambda i: -lengths[i]), batch_size)
+    ]
+    assert all(set(batch) in slices for batch in batches(list(sampler), batch_size))
+
+
+def test_batches_of_like_length_are_shuffled_among_themselves() -> None:
+    lengths = random_lengths(200)
+    order = list(LengthBucketedSampler(lengths, 10, bucket_batches=1_000))
+    longest = [max(lengths[i] for i in batch) for batch in batches(order, 10)]
+    assert longest != sorted(longest)
+    assert longest != sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize("bucket_batches", [4, 32])
+def test_padding_is_less_than_in_a_random_order(bucket_batches: int) -> None:
+    rows, batch_size = 512, 16
+    lengths = random_lengths(rows)
+    for epoch in range(3):
+        sampler = LengthBucketedSampler(lengths, batch_size, bucket_batches=bucket_batches)
+        sampler.set_epoch(epoch)
+        at_random = torch.randperm(rows, generator=torch.Generator().manual_seed(100 + epoch)).tolist()
+        bucketed = padding(list(sampler), lengths, batch_size)
+        assert bucketed < 0.5 * padding(at_random, lengths, batch_size)
+
+
+def test_without_seed_the_longest_come_first_in_every_epoch() -> None:
+    lengths = [3, 9, 5, 9, 1]
+    sampler = LengthBucketedSampler(lengths, 2, seed=None)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert first == list(sampler) == sorted(range(5), key=lambda i: -lengths[i])

@@ -1,0 +1,215 @@
+"""What every method must hold. A new method gets all of this by its line in METHODS."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign import BertInInit, make, trainer
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor
+
+import lightning_ft
+from lightning_ft import FullFineTuning, HeadOnly, LoRA, adapters
+from lightning_ft.apps.paths import conf_dir
+from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.injection import injected_modules, injected_names
+
+METHODS: dict[str, FineTuning] = {
+    "lora": LoRA(r=2, target_modules="all-linear"),
+    "full": FullFineTuning(),
+    "head": HeadOnly(),
+}
+"""A method by the name of its config, with settings for a tiny model."""
+
+each_method = pytest.mark.parametrize("name", METHODS)
+
+
+def method(name: str) -> FineTuning:
+    return copy.copy(METHODS[name])
+
+
+def fitted(name: str, epochs: int = 3, **more: Any) -> BertInInit:
+    module = make(BertInInit)
+    trainer(method(name), max_epochs=epochs).fit(module, **more)
+    return module
+
+
+def output(module: Any) -> Tensor:
+    module.eval()
+    with torch.no_grad():
+        return module.outputs(module.example())
+
+
+def state(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def test_every_method_is_under_contract() -> None:
+    assert {type(m) for m in METHODS.values()} == set(adapters.METHODS)
+    assert {path.stem for path in (conf_dir() / "method").glob("*.yaml")} == set(METHODS)
+
+
+@each_method
+def test_the_config_is_a_constructor_call(name: str) -> None:
+    config = OmegaConf.load(conf_dir() / "method" / f"{name}.yaml")
+    assert type(instantiate(config, _convert_="all")) is type(METHODS[name])
+    # as lightning-hydra-template and others pass their callbacks
+    passed = instantiate({"_target_": "builtins.dict"}, callbacks=[METHODS[name]])["callbacks"][0]
+    assert passed is METHODS[name]
+
+
+@each_method
+def test_arguments_are_kept_under_their_own_names_as_plain_values(name: str) -> None:
+    arguments = METHODS[name].record()["arguments"]
+    assert set(arguments) == set(inspect.signature(type(METHODS[name])).parameters)
+    again = type(METHODS[name])(**json.loads(json.dumps(arguments)))
+    assert again.record() == METHODS[name].record()
+
+
+@each_method
+def test_at_the_start_outputs_are_the_bases(name: str) -> None:
+    module = make(BertInInit)
+    before = output(module)
+    method(name).inject(module)
+    assert torch.equal(output(module), before)
+
+
+@each_method
+def test_injecting_twice_is_injecting_once(name: str) -> None:
+    module = make(BertInInit)
+    first = method(name).inject(module)
+    trained = {n for n, p in module.named_parameters() if p.requires_grad}
+    before = state(module)
+    assert method(name).inject(module) == first
+    assert {n for n, p in module.named_parameters() if p.requires_grad} == trained
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+
+
+@each_method
+def test_what_is_frozen_stays_and_what_trains_moves(name: str) -> None:
+    before, module = make(BertInInit).state_dict(), fitted(name)
+    added = injected_names(module)
+    for key, parameter in module.named_parameters():
+        if key not in added:
+            assert torch.equal(parameter, before[key]) != parameter.requires_grad, key
+    assert set(module.state_dict()) == set(before) | added
+
+
+@each_method
+def test_resume_is_exact_and_the_checkpoint_has_only_what_trains(name: str, tmp_path: Path) -> None:
+    run = trainer(method(name), max_epochs=1)
+    run.fit(make(BertInInit))
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    resumed = make(BertInInit)
+    torch.manual_seed(5)
+    trainer(method(name), max_epochs=3).fit(resumed, ckpt_path=tmp_path / "x.ckpt")
+    whole = fitted(name)
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+    saved = torch.load(tmp_path / "x.ckpt")["state_dict"]
+    assert set(saved) == {n for n, p in whole.named_parameters() if p.requires_grad}
+
+
+@each_method
+def test_load_from_checkpoint_restores_the_module(name: str, tmp_path: Path) -> None:
+    run, module = trainer(method(name), max_epochs=1), make(BertInInit)
+    run.fit(module)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    torch.manual_seed(7)
+    loaded = lightning_ft.load_from_checkpoint(BertInInit, tmp_path / "x.ckpt")
+    assert torch.equal(output(loaded), output(module))
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
+        n for n, p in module.named_parameters() if p.requires_grad
+    }
+
+
+@each_method
+def test_an_adapter_folder_carries_all_that_was_learnt(name: str, tmp_path: Path) -> None:
+    module = fitted(name)
+    lightning_ft.save_adapter(module, tmp_path / "adapter")
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "README.md",
+    }  # fmt: skip
+    fresh = make(BertInInit)
+    torch.nn.init.normal_(fresh.model.classifier.weight)  # a new head is another one
+    lightning_ft.load_adapter(fresh, tmp_path / "adapter")
+    assert torch.equal(output(fresh), output(module))
+
+
+@each_method
+def test_merging_keeps_the_outputs_and_gives_the_tree_back(name: str) -> None:
+    original, module = make(BertInInit), fitted(name)
+    before = output(module)
+    lightning_ft.merge(module)
+    torch.testing.assert_close(output(module), before, atol=1e-6, rtol=1e-5)
+    assert [(n, type(m)) for n, m in module.named_modules()] == [(n, type(m)) for n, m in original.named_modules()]
+    assert list(module.state_dict()) == list(original.state_dict())
+    assert lightning_ft.merge(module) == []
+
+
+@each_method
+def test_a_module_can_be_copied_and_pickled(name: str) -> None:
+    module = fitted(name, epochs=1)
+    for again in (copy.deepcopy(module.model), pickle.loads(pickle.dumps(module.model))):
+        assert [type(m) for m in again.modules()] == [type(m) for m in module.model.modules()]
+        assert all(torch.equal(v, again.state_dict()[k]) for k, v in module.model.state_dict().items())
+        assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+            n for n, p in module.model.named_parameters() if p.requires_grad
+        }
+
+
+@each_method
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_what_is_injected_stays_fp32_under_every_precision(name: str, precision: str) -> None:
+    module = make(BertInInit)
+    trainer(method(name), max_epochs=1, precision=precision).fit(module)
+    added = injected_names(module)
+    dtypes = {p.dtype for n, p in module.named_parameters() if n in added}
+    assert dtypes == ({torch.float32} if added else set())
+    if precision == "bf16-true":
+        assert {p.dtype for n, p in module.named_parameters() if n not in added} == {torch.bfloat16}
+    assert module.outputs(module.example()).isfinite().all()
+
+
+@each_method
+def test_isinstance_and_weights_are_as_they_were(name: str) -> None:
+    original, module = make(BertInInit), make(BertInInit)
+    method(name).inject(module)
+    for (path, ours), (_, theirs) in zip(module.named_modules(), original.named_modules(), strict=True):
+        assert isinstance(ours, type(theirs)), path
+        assert getattr(ours, "weight", None) is None or torch.equal(ours.weight, theirs.weight)  # type: ignore[arg-type]
+
+
+@each_method
+def test_a_bare_models_checkpoint_loads_before_and_after(name: str) -> None:
+    bare, module = make(BertInInit).state_dict(), make(BertInInit)
+    method(name).inject(module)
+    result = module.load_state_dict(bare, strict=False)
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) == injected_names(module)
+
+
+@each_method
+def test_gradient_checkpointing_keeps_the_gradients(name: str) -> None:
+    def gradients(module: BertInInit, outputs: Any) -> dict[str, Tensor]:
+        module.zero_grad()
+        outputs(input_ids=module.example()).logits.square().sum().backward()
+        return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+    module = fitted(name, epochs=1)
+    module.train()
+    plain = gradients(module, module.model)
+    assert set(plain) == {n for n, p in module.named_parameters() if p.requires_grad}
+    module.model.activation_checkpointing_enable()
+    module.model.enable_input_require_grads()
+    again = gradients(module, module.model)
+    for key, value in plain.items():
+        torch.testing.assert_close(again[key], value, atol=1e-6, rtol=1e-5)
+    assert all(layer.training for _, layer in injected_modules(module))  # type: ignore[attr-defined]
