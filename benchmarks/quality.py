@@ -57,7 +57,10 @@ def main() -> None:
         runs = [run(method, seed, arguments.data, arguments.overrides) for seed in arguments.seeds]
         methods[method] = {"mean_accuracy": statistics.mean(r["accuracy"] for r in runs), "runs": runs}
         scores = ", ".join(f"{r['accuracy']:.3f}" for r in runs)
-        print(f"{method:<6} {methods[method]['mean_accuracy']:.4f}  ({scores})  {runs[0]['seconds']:.0f} s", flush=True)
+        print(
+            f"{method:<6} {methods[method]['mean_accuracy']:.4f}  ({scores})  {runs[0]['seconds']:.0f} s",
+            flush=True,
+        )
 
     import lightning
     import torch

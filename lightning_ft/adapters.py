@@ -14,7 +14,15 @@ from lightning_ft.callbacks.checkpoint_io import METADATA, complete_checkpoint
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.files import peft
 from lightning_ft.files.state import StateError, frozen_keys, trained_state
-from lightning_ft.injection import Base, Injected, InjectionError, detach, find_base, freeze_base, injected_modules
+from lightning_ft.injection import (
+    Base,
+    Injected,
+    InjectionError,
+    detach,
+    find_base,
+    freeze_base,
+    injected_modules,
+)
 from lightning_ft.methods.full import FullFineTuning
 from lightning_ft.methods.head import HeadOnly
 from lightning_ft.methods.lora import LoRA
@@ -48,7 +56,11 @@ def save_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
         raise InjectionError("There is nothing to save: no parameter of the model trains. Inject a method first.")
     names = _file_names(base, layers)
     tensors = _without_ties({names.get(key) or _file_name(base, key): value for key, value in trained.items()})
-    config = {**peft.describe_base(base.root), **_method_fields(layers), "modules_to_save": _trained_whole(base)}
+    config = {
+        **peft.describe_base(base.root),
+        **_method_fields(layers),
+        "modules_to_save": _trained_whole(base),
+    }
     return peft.write(directory, config, tensors)
 
 
@@ -131,7 +143,7 @@ def load_from_checkpoint(
     Raises:
         StateError: if the checkpoint wasn't saved with a method's callback, or doesn't fit the module.
     """
-    method = method or _method_of(_read_record(path, kwargs.get("weights_only")))
+    callback = method or _method_of(_read_record(path, kwargs.get("weights_only")))
 
     # Lightning builds the module, calls configure_model and on_load_checkpoint, then loads strictly: a
     # subclass that lives only that long injects in between.
@@ -139,11 +151,11 @@ def load_from_checkpoint(
         def configure_model(self) -> None:
             _set_up(self)
             super().configure_model()
-            method._inject(self)
+            callback._inject(self)
 
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            base = find_base(self, method.backbone)
-            checkpoint.update(complete_checkpoint(checkpoint, self, base, method.record(), path))
+            base = find_base(self, callback.backbone)
+            checkpoint.update(complete_checkpoint(checkpoint, self, base, callback.record(), path))
             super().on_load_checkpoint(checkpoint)
 
     Injecting.__name__, Injecting.__qualname__ = module_class.__name__, module_class.__qualname__
@@ -236,9 +248,7 @@ def _without_ties(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that share their memory once: the files hold each value under one of its names."""
     seen: dict[tuple[int, torch.Size], str] = {}
     return {
-        key: tensor
-        for key, tensor in tensors.items()
-        if seen.setdefault((tensor.data_ptr(), tensor.shape), key) == key
+        key: tensor for key, tensor in tensors.items() if seen.setdefault((tensor.data_ptr(), tensor.shape), key) == key
     }
 
 

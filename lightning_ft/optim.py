@@ -38,7 +38,8 @@ def parameter_groups(model: nn.Module, trunk: nn.Module, layer_decay: float = 1.
             continue
         depth, decays = depths.get(id(parameter), head), parameter.ndim > 1
         if (depth, decays) not in groups:
-            name = f"{'layer_' + str(depth) if depth != head else 'head' if depths else 'all'}{'' if decays else '_no_decay'}"
+            place = "all" if not depths else "head" if depth == head else f"layer_{depth}"
+            name = place if decays else f"{place}_no_decay"
             groups[depth, decays] = {"params": [], "name": name, "lr_scale": layer_decay ** (head - depth)}
             if not decays:
                 groups[depth, decays]["weight_decay"] = 0.0

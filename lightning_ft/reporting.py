@@ -8,18 +8,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
     from matplotlib.figure import Figure
 
 
 @rank_zero_only
-def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) -> None:
+def log_figure(loggers: Iterable[Any], name: str, figure: Figure, step: int) -> None:
     """Log a matplotlib figure as ``name``: as an image where the logger shows images, else as a PNG file."""
     for logger in loggers:
-        experiment: Any = logger.experiment
+        experiment = logger.experiment
         if hasattr(logger, "log_image"):
             logger.log_image(name, [figure], step=step)
         elif hasattr(experiment, "add_figure"):
@@ -29,7 +28,7 @@ def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) 
 
 
 @rank_zero_only
-def log_table(loggers: Iterable[Logger], name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def log_table(loggers: Iterable[Any], name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Log a table as ``name``: as a table where the logger shows tables, else as a CSV file."""
     for logger in loggers:
         if hasattr(logger, "log_table"):
@@ -40,14 +39,14 @@ def log_table(loggers: Iterable[Logger], name: str, columns: Sequence[str], rows
 
 
 @rank_zero_only
-def log_folder(loggers: Iterable[Logger], name: str, folder: Path, kind: str) -> None:
+def log_folder(loggers: Iterable[Any], name: str, folder: Path, kind: str) -> None:
     """Log a folder as an artifact of this kind, where the logger keeps artifacts; the folder stays anyway."""
     for logger in loggers:
         if hasattr(logger, "use_artifact"):
             logger.experiment.log_artifact(str(folder), name=re.sub(r"[^\w.-]", "-", name), type=kind)
 
 
-def _file(logger: Logger, name: str, ending: str) -> Path | None:
+def _file(logger: Any, name: str, ending: str) -> Path | None:
     folder = getattr(logger, "log_dir", None)
     if folder is None:
         return None

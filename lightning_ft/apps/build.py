@@ -25,12 +25,12 @@ def register_resolvers() -> None:
 
 def datamodule(config: DictConfig) -> TextDataModule:
     """The data."""
-    return instantiate(config.data, _convert_="all")  # type: ignore[no-any-return]
+    return instantiate(config.data, _convert_="all")
 
 
 def method(config: DictConfig) -> FineTuning:
     """The method's callback."""
-    return instantiate(config.method, _convert_="all")  # type: ignore[no-any-return]
+    return instantiate(config.method, _convert_="all")
 
 
 def finetuner(config: DictConfig, labels: Sequence[str], label_counts: Sequence[int] | None = None) -> FineTuner:
@@ -44,7 +44,11 @@ def finetuner(config: DictConfig, labels: Sequence[str], label_counts: Sequence[
 def quiet_trainer() -> L.Trainer:
     """A Trainer for evaluation that leaves nothing behind."""
     return L.Trainer(
-        logger=False, enable_checkpointing=False, enable_model_summary=False, devices=1, enable_progress_bar=False
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        devices=1,
+        enable_progress_bar=False,
     )
 
 
@@ -59,7 +63,11 @@ def tidy_messages(level: int) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not record.getMessage().startswith(("💡", "TPU available", "Loading `train_dataloader`"))
     )
-    for advice in ("does not have many workers", "exists and is not empty", r"isinstance\(treespec, LeafSpec\)"):
+    for advice in (
+        "does not have many workers",
+        "exists and is not empty",
+        r"isinstance\(treespec, LeafSpec\)",
+    ):
         warnings.filterwarnings("ignore", f".*{advice}.*")
 
 

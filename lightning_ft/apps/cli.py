@@ -17,7 +17,14 @@ APPS = {
     "predict": "classify texts with a run's adapter",
 }
 
-_QUOTED = ("text", "file", "run", "out", "data.path", "model.name")  # values that may hold what Hydra's grammar uses
+_QUOTED = (
+    "text",
+    "file",
+    "run",
+    "out",
+    "data.path",
+    "model.name",
+)  # values that may hold what Hydra's grammar uses
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -47,7 +47,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _unknown_key(error: OmegaConfBaseException) -> str:
     parent, key = error.parent_node, str(error.key)
-    choices = [str(choice) for choice in parent.keys()]  # type: ignore[union-attr]  # noqa: SIM118
+    choices = [str(choice) for choice in parent.keys()]  # noqa: SIM118
     near = difflib.get_close_matches(key, choices, n=1)
     place = error.full_key.rpartition(".")[0] if error.full_key else ""
     where = f"'{place}' has" if place else "the config has"

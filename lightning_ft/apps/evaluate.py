@@ -24,10 +24,8 @@ def main(config: DictConfig) -> None:
     build.tidy_messages(logging.WARNING)
     folder = runs.find_run(run)
     module, data = restore(folder, overrides)
-    if overrides.path is None:
-        loader = data.test_dataloader()
-    else:
-        loader = data.scoring_dataloader(module.task.labels)
+    given = overrides.path is not None
+    loader = data.scoring_dataloader(module.task.labels) if given else data.test_dataloader()
 
     class PerClass(Callback):
         rows: tuple[list[str], list[list[object]]]

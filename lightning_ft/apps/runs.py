@@ -1,11 +1,11 @@
 """The run folder: what `train` leaves behind, and `evaluate` and `predict` come back to.
 
-    config.yaml     the composed config, with the labels read from the data
-    train.log       what was said
-    metrics/        metrics.csv, test_per_class.csv, test_confusion_matrix.png
-    checkpoints/    best.ckpt and last.ckpt, of what was trained
-    adapter/        the adapter with its head, in PEFT's format
-    results.json    the figures of the table
+config.yaml     the composed config, with the labels read from the data
+train.log       what was said
+metrics/        metrics.csv, test_per_class.csv, test_confusion_matrix.png
+checkpoints/    best.ckpt and last.ckpt, of what was trained
+adapter/        the adapter with its head, in PEFT's format
+results.json    the figures of the table
 """
 
 from __future__ import annotations

@@ -74,7 +74,5 @@ def complete_checkpoint(
         if record["method"] == present["method"]:
             check_fingerprint(record["base"], present["base"], source)
     frozen = frozen_keys(model, base)
-    filled = {
-        key: complete_state(checkpoint[key], model, frozen, source) for key in _STATES if key in checkpoint
-    }
+    filled = {key: complete_state(checkpoint[key], model, frozen, source) for key in _STATES if key in checkpoint}
     return {**checkpoint, **filled}

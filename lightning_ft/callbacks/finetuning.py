@@ -1,13 +1,13 @@
 """FineTuning: the base class of every method's callback. It does the Lightning work; methods do the maths.
 
-    hook              what happens there
-    setup             inject, before configure_optimizers; or arrange that it happens after the module's
-                      own setup() or configure_model(), if it overrides them
-    on_fit_start      the user's optimizers get what was injected, and lose what was frozen
-    on_train_epoch_   frozen BatchNorms evaluate, injected dropouts drop
-      start
-    teardown,         the module's hooks and modes are as they were
-      on_exception
+hook              what happens there
+setup             inject, before configure_optimizers; or arrange that it happens after the module's
+                  own setup() or configure_model(), if it overrides them
+on_fit_start      the user's optimizers get what was injected, and lose what was frozen
+on_train_epoch_   frozen BatchNorms evaluate, injected dropouts drop
+  start
+teardown,         the module's hooks and modes are as they were
+  on_exception
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
@@ -159,9 +159,7 @@ def _last_builder(module: LightningModule) -> str | None:
     """
     parent = next(c for c in type(module).__mro__ if c.__name__ == "LightningModule")
     overridden = [
-        hook
-        for hook in _BUILDERS
-        if hook in vars(module) or getattr(type(module), hook) is not getattr(parent, hook)
+        hook for hook in _BUILDERS if hook in vars(module) or getattr(type(module), hook) is not getattr(parent, hook)
     ]
     return overridden[-1] if overridden else None
 
@@ -202,7 +200,9 @@ def _check_neighbours(callback: FineTuning, trainer: Trainer, hook: str | None) 
                 f" what {name} trains. Build the model in __init__, or leave {averaging} out."
             )
         if callbacks.index(neighbour) < callbacks.index(callback):
-            raise InjectionError(f"{averaging} must come after {name} in Trainer(callbacks=[...]): it copies the module.")
+            raise InjectionError(
+                f"{averaging} must come after {name} in Trainer(callbacks=[...]): it copies the module."
+            )
 
 
 def _cover(module: nn.Module, base: Base, optimizers: Sequence[Optimizer]) -> None:

@@ -22,9 +22,7 @@ class LengthBucketedSampler(Sampler[int]):
         bucket_batches: batches a bucket. More means less padding and less mixing.
     """
 
-    def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int | None = 0, bucket_batches: int = 32
-    ) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int | None = 0, bucket_batches: int = 32) -> None:
         self.lengths = torch.as_tensor(lengths)
         self.batch_size = batch_size
         self.seed = seed

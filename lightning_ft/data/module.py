@@ -103,7 +103,9 @@ class TextDataModule(L.LightningDataModule):
         raw = complete(raw, self.label, self.validation, self.test, self.seed, source)
         self._labels = label_names(raw["train"], self.label)
         if len(self._labels) < 2:
-            raise DataError(f"{source}: column '{self.label}' has only one label, '{self._labels[0]}': nothing to learn.")
+            raise DataError(
+                f"{source}: column '{self.label}' has only one label, '{self._labels[0]}': nothing to learn."
+            )
         self._splits = {split: self._encode(rows) for split, rows in raw.items()}
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in self._splits.items())
         log.info("%s: %s rows; labels %s", source, sizes, ", ".join(self._labels[:20]))
@@ -146,7 +148,9 @@ class TextDataModule(L.LightningDataModule):
             return {**self._tokenize(batch[self.text]), "labels": [ids[names[row]] for row in rows]}
 
         with quiet_bars(len(rows)):
-            return rows.map(encode, batched=True, with_indices=True, remove_columns=rows.column_names, desc="tokenising")
+            return rows.map(
+                encode, batched=True, with_indices=True, remove_columns=rows.column_names, desc="tokenising"
+            )
 
     def _tokenize(self, texts: list[str]) -> dict[str, Any]:
         limit = self.max_length or min(self.tokenizer.model_max_length, 512)
@@ -155,7 +159,7 @@ class TextDataModule(L.LightningDataModule):
 
     def _loader(self, rows: Dataset, batch_size: int, seed: int | None) -> DataLoader[Any]:
         return DataLoader(
-            rows.remove_columns("length"),  # type: ignore[arg-type]
+            rows.remove_columns("length"),
             batch_size=batch_size,
             sampler=LengthBucketedSampler(rows["length"][:], batch_size, seed),
             num_workers=self.num_workers,

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
@@ -194,7 +194,8 @@ def _why_unreadable(file: Path, encoding: str, error: BaseException) -> str:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, UnicodeDecodeError):
-        return f"'{file}' isn't {encoding}: {cause.reason} at byte {cause.start}. Name its encoding, e.g. data.encoding=latin-1."
+        where = f"{cause.reason} at byte {cause.start}"
+        return f"'{file}' isn't {encoding}: {where}. Name its encoding, e.g. data.encoding=latin-1."
     if isinstance(cause, LookupError) and "encoding" in str(cause):
         return f"'{encoding}' isn't an encoding that Python knows; common ones are utf-8, utf-16, latin-1, gb18030."
     return f"'{file}' can't be read as {_BUILDERS[file.suffix].upper()}: {str(cause).strip().splitlines()[0]}"

@@ -74,7 +74,11 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not (directory / name).is_file():
             there = ", ".join(sorted(p.name for p in directory.iterdir())) if directory.is_dir() else "no such folder"
             pickled = directory / "adapter_model.bin"
-            cure = f" '{pickled.name}' is a pickle, which can run code: save it again as safetensors." if pickled.is_file() else ""
+            cure = (
+                f" '{pickled.name}' is a pickle, which can run code: save it again as safetensors."
+                if pickled.is_file()
+                else ""
+            )
             raise FileNotFoundError(f"'{directory}' holds no {name} (it holds: {there}).{cure}")
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))

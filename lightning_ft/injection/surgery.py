@@ -61,23 +61,24 @@ class Injected:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The combined class is made at run time: pickle (and deepcopy) its parts instead.
-        _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[misc]
-        return (_new, (self._mixins, self._original), *state)
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new, (self._mixins, self._original), *reduced[2:])
 
     def extra_repr(self) -> str:
+        """The module's own, and the settings of what was added."""
         own = ", ".join(f"{mixin.slot}={getattr(self, mixin.slot)}" for mixin in self._mixins)
         return f"{super().extra_repr()}, {own}"  # type: ignore[misc]
 
 
 @functools.cache
-def _combine(mixins: tuple[type[Injected], ...], original: type[nn.Module]) -> type[nn.Module]:
+def _combine(mixins: tuple[type[Injected], ...], original: Any) -> Any:
     """The class of an ``original`` that carries ``mixins``; the first one's forward is the outermost."""
     if not mixins:
         return original
     return type(mixins[0].__name__, (*mixins, original), {"_mixins": mixins, "_original": original})
 
 
-def _new(mixins: tuple[type[Injected], ...], original: type[nn.Module]) -> nn.Module:
+def _new(mixins: tuple[type[Injected], ...], original: Any) -> Any:
     cls = _combine(mixins, original)
     return cls.__new__(cls)
 
@@ -86,9 +87,7 @@ def _added(cls: type) -> list[str]:
     return [name for mixin in cls._mixins for name in mixin.adds]  # type: ignore[attr-defined]
 
 
-def attach(
-    model: nn.Module, name: str, mixin: type[Injected], settings: Any, tensors: Mapping[str, Tensor]
-) -> None:
+def attach(model: nn.Module, name: str, mixin: type[Injected], settings: Any, tensors: Mapping[str, Tensor]) -> None:
     """Make ``model.get_submodule(name)`` an instance of ``mixin`` too.
 
     Args:
@@ -103,7 +102,7 @@ def attach(
         InjectionError: if the module already carries this method with other settings, or if its forward
             isn't the one that runs (``nn.MultiheadAttention.out_proj``, a forward replaced on the instance).
     """
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     if isinstance(module, Injected) and any(issubclass(m, mixin) for m in module._mixins):
         if getattr(module, mixin.slot) != settings:
             raise InjectionError(
@@ -114,7 +113,8 @@ def attach(
     _refuse_dead_forward(model, name, module)
 
     device = next((p.device for p in module.parameters(recurse=False)), torch.device("cpu"))
-    mixins, original = getattr(module, "_mixins", ()), getattr(module, "_original", type(module))
+    mixins: Any = getattr(module, "_mixins", ())
+    original: Any = getattr(module, "_original", type(module))
     module.__class__ = _combine((mixin, *mixins), original)
     setattr(module, mixin.slot, settings)
     for key in mixin.adds:
@@ -125,7 +125,7 @@ def attach(
 
 def detach(model: nn.Module, name: str, mixin: type[Injected] | None = None) -> None:
     """Remove ``mixin`` (default: all) from ``model.get_submodule(name)``: its class and keys are as before."""
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     removed = tuple(m for m in getattr(module, "_mixins", ()) if mixin is None or issubclass(m, mixin))
     for gone in removed:
         for key in gone.adds:
@@ -147,9 +147,7 @@ def injected_modules(model: nn.Module) -> Iterator[tuple[str, Injected]]:
 def injected_names(model: nn.Module) -> set[str]:
     """The full names of all parameters that methods added to ``model``."""
     return {
-        f"{name}.{key}" if name else key
-        for name, module in injected_modules(model)
-        for key in _added(type(module))
+        f"{name}.{key}" if name else key for name, module in injected_modules(model) for key in _added(type(module))
     }
 
 
@@ -199,7 +197,10 @@ def _refuse_dead_forward(model: nn.Module, name: str, module: nn.Module) -> None
 
 # In eval mode torch's TransformerEncoderLayer hands its weights to one fused kernel and calls no forward of
 # its parts; what is injected there would be skipped, in evaluation only. These attributes switch that off.
-_FAST_PATH = {nn.TransformerEncoder: "use_nested_tensor", nn.TransformerEncoderLayer: "activation_relu_or_gelu"}
+_FAST_PATH = {
+    nn.TransformerEncoder: "use_nested_tensor",
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+}
 _SAVED = "_fast_path_before_injection"
 
 

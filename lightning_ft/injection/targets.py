@@ -168,17 +168,46 @@ def parent_of(model: nn.Module, name: str) -> nn.Module:
 # value projections, or the fused projection where there is one.
 _QUERY_VALUE = {
     **dict.fromkeys(
-        ["bert", "roberta", "xlm-roberta", "electra", "camembert", "layoutlm", "vit", "deit", "beit", "data2vec-text"],
+        [
+            "bert",
+            "roberta",
+            "xlm-roberta",
+            "electra",
+            "camembert",
+            "layoutlm",
+            "vit",
+            "deit",
+            "beit",
+            "data2vec-text",
+        ],
         ("query", "value"),
     ),
     **dict.fromkeys(["deberta", "deberta-v2"], ("query_proj", "value_proj")),
     "distilbert": ("q_lin", "v_lin"),
     **dict.fromkeys(["t5", "mt5", "umt5"], ("q", "v")),
     **dict.fromkeys(
-        # fmt: off
-        ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "opt",
-         "bart", "mbart", "whisper", "wav2vec2", "clip", "smollm3", "olmo", "olmo2", "granite", "cohere"],
-        # fmt: on
+        [
+            "llama",
+            "mistral",
+            "mixtral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "phi",
+            "opt",
+            "bart",
+            "mbart",
+            "whisper",
+            "wav2vec2",
+            "clip",
+            "smollm3",
+            "olmo",
+            "olmo2",
+            "granite",
+            "cohere",
+        ],
         ("q_proj", "v_proj"),
     ),
     "gpt2": ("c_attn",),
@@ -192,7 +221,11 @@ def _default_targets(base: Base, names: dict[str, nn.Module]) -> str | list[str]
     model_type = getattr(getattr(base.root, "config", None), "model_type", None)
     if model_type in _QUERY_VALUE:
         return [s for s in _QUERY_VALUE[model_type] if any(_ends_with(name, s) for name in names)]
-    return "attention" if any(_inside_attention(base.root, name) and _is_linear(m) for name, m in names.items()) else "all-linear"
+    return (
+        "attention"
+        if any(_inside_attention(base.root, name) and _is_linear(m) for name, m in names.items())
+        else "all-linear"
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -251,7 +284,9 @@ def _near(wanted: str, names: Iterable[str]) -> str:
     return f"Its modules are named: {', '.join(ends[:30])}{', …' if len(ends) > 30 else ''}."
 
 
-def _outermost(model: nn.Module, accept: Callable[[nn.Module], bool], name: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _outermost(
+    model: nn.Module, accept: Callable[[nn.Module], bool], name: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
     if accept(model):
         yield name, model
         return
@@ -261,7 +296,9 @@ def _outermost(model: nn.Module, accept: Callable[[nn.Module], bool], name: str 
 
 def _is_pretrained_model(module: nn.Module) -> bool:
     # By name, so that torch alone is imported: whoever holds such a model has imported transformers.
-    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+    return any(
+        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__
+    )
 
 
 def _output_embeddings(root: nn.Module) -> nn.Module | None:

@@ -305,5 +305,9 @@ class LoRA(FineTuning):
         if found:
             raise ValueError(f"This LoRA adapter uses {', '.join(found)}, which this version can't load.")
         return cls(
-            config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), list(targets), backbone=backbone
+            config["r"],
+            config["lora_alpha"],
+            config.get("lora_dropout", 0.0),
+            list(targets),
+            backbone=backbone,
         )

@@ -174,5 +174,7 @@ def _weights(
             raise ValueError(f"class_weights names {sorted(weights)}; the labels are {sorted(labels)}.")
         weights = [weights[label] for label in labels]
     if len(weights) != len(labels) or min(weights) < 0:
-        raise ValueError(f"class_weights must be {len(labels)} numbers of at least 0, one a label, not {list(weights)}.")
+        raise ValueError(
+            f"class_weights must be {len(labels)} numbers of at least 0, one a label, not {list(weights)}."
+        )
     return torch.tensor(weights, dtype=torch.float32)
