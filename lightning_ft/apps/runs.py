@@ -25,10 +25,6 @@ def save_config(folder: Path, config: DictConfig, labels: list[str]) -> None:
     """Write the composed config, interpolations kept, and the labels that the head was made for."""
     copy = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     OmegaConf.update(copy, "task.labels", labels, force_add=True)
-    # Hydra's own values are gone when the config is read again.
-    for key in ("trainer.default_root_dir", "callbacks", "logger"):
-        if OmegaConf.select(copy, key, throw_on_missing=False, throw_on_resolution_failure=False) is not None:
-            OmegaConf.update(copy, key, OmegaConf.select(config, key))
     (folder / CONFIG).write_text(OmegaConf.to_yaml(copy), encoding="utf-8")
 
 

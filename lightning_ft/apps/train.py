@@ -59,7 +59,10 @@ def train(config: DictConfig) -> float:
         logger.log_hyperparams(runs.load_config(folder))
 
     trainer.fit(module, data)
-    after = trainer.test(module, data, ckpt_path="best", verbose=False)[0]
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    if best is None:
+        log.info("No checkpoint was kept (validation never ran): the last weights are tested and saved.")
+    after = trainer.test(module, data, ckpt_path=best, verbose=False)[0]
     adapter = save_adapter(module, folder / runs.ADAPTER)
     log_folder(loggers, f"adapter-{folder.name}", adapter, "adapter")
 

@@ -122,8 +122,9 @@ class FineTuning(Callback, ABC):
 
     def _inject(self, model: nn.Module) -> None:
         names = self.inject(model)
+        if self._fingerprint is None:  # not again for each of fit, validate, test
+            rank_zero_info(f"{type(self).__name__}: {describe(model, names)}")
         self._fingerprint = fingerprint(find_base(model, self.backbone))
-        rank_zero_info(f"{type(self).__name__}: {describe(model, names)}")
 
     def _wrap_checkpoint_io(self, trainer: Trainer) -> None:
         io: CheckpointIO | None = trainer.strategy.checkpoint_io

@@ -123,7 +123,7 @@ def resolve_targets(
         if name and not any(name == e or name.startswith(f"{e}.") for e in excluded)
     }
     if target_modules is None:
-        target_modules = _default_targets(base, names)
+        target_modules = _default_targets(base, names, supported)
     if target_modules == "all-linear":
         found = _all_linear(base, names, supported)
     elif target_modules == "attention":
@@ -217,15 +217,14 @@ _QUERY_VALUE = {
 }
 
 
-def _default_targets(base: Base, names: dict[str, nn.Module]) -> str | list[str]:
+def _default_targets(
+    base: Base, names: dict[str, nn.Module], supported: Callable[[nn.Module], bool]
+) -> str | list[str]:
     model_type = getattr(getattr(base.root, "config", None), "model_type", None)
     if model_type in _QUERY_VALUE:
         return [s for s in _QUERY_VALUE[model_type] if any(_ends_with(name, s) for name in names)]
-    return (
-        "attention"
-        if any(_inside_attention(base.root, name) and _is_linear(m) for name, m in names.items())
-        else "all-linear"
-    )
+    linear = _all_linear(base, names, supported)
+    return "attention" if any(_inside_attention(base.root, name) for name in linear) else "all-linear"
 
 
 def _is_linear(module: nn.Module) -> bool:
