@@ -10,6 +10,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
+class RateError(ValueError):
+    """A setting of the learning rate that makes no sense for this model or this training."""
+
+
 def parameter_groups(model: nn.Module, trunk: nn.Module, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """What trains of ``model``, grouped by weight decay and depth.
 
@@ -26,10 +30,10 @@ def parameter_groups(model: nn.Module, trunk: nn.Module, layer_decay: float = 1.
         Groups for an optimizer; ``lr_scale`` in each is for :func:`scale_rates`.
 
     Raises:
-        ValueError: for a ``layer_decay`` out of range, or below 1 where the trunk has no stack of layers.
+        RateError: for a ``layer_decay`` out of range, or below 1 where the trunk has no stack of layers.
     """
     if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay must be above 0 and at most 1, not {layer_decay}.")
+        raise RateError(f"layer_decay must be above 0 and at most 1, not {layer_decay}.")
     depths = _depths(trunk) if layer_decay < 1 else {}
     head = max(depths.values(), default=0) + 1
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -79,12 +83,12 @@ def warmup_steps(warmup: float, total_steps: int) -> int:
     """``warmup`` below 1 is a share of all steps; a whole number of 1 or more is steps.
 
     Raises:
-        ValueError: if it is negative, a fraction above 1, or longer than the training.
+        RateError: if it is negative, a fraction above 1, or longer than the training.
     """
     if warmup < 0 or (warmup > 1 and warmup != int(warmup)):
-        raise ValueError(f"warmup must be a share below 1 or a whole number of steps, not {warmup}.")
+        raise RateError(f"warmup must be a share below 1 or a whole number of steps, not {warmup}.")
     if warmup > total_steps:
-        raise ValueError(f"warmup={int(warmup)} steps is longer than the training of {total_steps} steps.")
+        raise RateError(f"warmup={int(warmup)} steps is longer than the training of {total_steps} steps.")
     return round(warmup * total_steps) if warmup < 1 else int(warmup)
 
 
@@ -92,9 +96,7 @@ def _depths(trunk: nn.Module) -> dict[int, int]:
     """The layer of each parameter of the trunk, by id: 0 for what comes before the stacks of layers."""
     stacks = dict(_stacks(trunk))
     if not stacks:
-        raise ValueError(
-            f"layer_decay needs a stack of layers (an nn.ModuleList), and {type(trunk).__name__} has none."
-        )
+        raise RateError(f"layer_decay needs a stack of layers (an nn.ModuleList), and {type(trunk).__name__} has none.")
     top = max(len(stack) for stack in stacks.values())
     depths: dict[int, int] = {}
     passed = False  # modules are listed in the order of their making: embeddings, layers, pooler

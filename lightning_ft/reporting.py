@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def log_figure(loggers: Iterable[Any], name: str, figure: Figure, step: int) -> None:
     """Log a matplotlib figure as ``name``: as an image where the logger shows images, else as a PNG file."""
     for logger in loggers:
-        experiment = logger.experiment
+        experiment: Any = getattr(logger, "experiment", None)
         if hasattr(logger, "log_image"):
             logger.log_image(name, [figure], step=step)
         elif hasattr(experiment, "add_figure"):
@@ -43,7 +43,7 @@ def log_folder(loggers: Iterable[Any], name: str, folder: Path, kind: str) -> No
     """Log a folder as an artifact of this kind, where the logger keeps artifacts; the folder stays anyway."""
     for logger in loggers:
         if hasattr(logger, "use_artifact"):
-            logger.experiment.log_artifact(str(folder), name=re.sub(r"[^\w.-]", "-", name), type=kind)
+            logger.experiment.log_artifact(str(folder), name=re.sub(r"[^a-zA-Z0-9_.-]", "-", name), type=kind)
 
 
 def _file(logger: Any, name: str, ending: str) -> Path | None:

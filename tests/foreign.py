@@ -34,7 +34,8 @@ def token_data() -> TensorDataset:
 def vector_data(*shape: int) -> TensorDataset:
     generator = torch.Generator().manual_seed(1)
     return TensorDataset(
-        torch.randn(ROWS, *shape, generator=generator), torch.randint(0, CLASSES, (ROWS,), generator=generator)
+        torch.randn(ROWS, *shape, generator=generator),
+        torch.randint(0, CLASSES, (ROWS,), generator=generator),
     )
 
 

@@ -179,7 +179,7 @@ def test_pytorch_lightning_imports_are_served(tmp_path: Path) -> None:
         run.fit(module, torch.utils.data.DataLoader(rows, batch_size=4), **more)
         return run, module
 
-    run, module = fit(1)
+    run, _ = fit(1)
     run.save_checkpoint(tmp_path / "x.ckpt")
     assert set(torch.load(tmp_path / "x.ckpt")["state_dict"]) == {
         "encoder.lora_A", "encoder.lora_B", "head.weight", "head.bias",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -63,12 +64,19 @@ def _usage() -> str:
 
 
 def _quote(argument: str) -> str:
-    """Quote a text or a path for Hydra, in whose grammar commas, brackets and quotes mean something."""
+    """Quote a text or a path for Hydra, in whose grammar commas, brackets and quotes mean something.
+
+    What is typed is what the app gets; but ``[a,b]`` is a list, and ``null`` nothing.
+    """
     key, equals, value = argument.partition("=")
-    if not equals or key not in _QUOTED or not value or value[0] in "['\"" or value == "null":
+    if not equals or key not in _QUOTED or value in ("", "null") or (value[0] == "[" and value[-1] == "]"):
         return argument
-    escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
-    return f"{key}='{escaped}'"
+    # Backslashes mean something only before a quote, the closing one too, and before an interpolation.
+    if key == "text":
+        value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    value = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    value = re.sub(r"(\\+)\Z", r"\1\1", value)
+    return f"{key}='{value}'"
 
 
 def _run(app: str, overrides: list[str]) -> int:

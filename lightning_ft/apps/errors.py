@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import dis
 from collections.abc import Iterator
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -22,6 +23,8 @@ def explain(error: BaseException) -> str | None:
             return f"'{cause.full_key}' has no value: give {cause.full_key}=..."
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.parent_node is not None:
             return _unknown_key(cause)
+    if isinstance(error, OverrideParseException):
+        return f"'{error.override}' can't be read: {error}"
     if isinstance(error, HydraException) and len(chain) > 1 and isinstance(chain[-1], (ValueError, OSError)):
         return str(chain[-1])  # Hydra's "error in call to target" adds nothing to it
     known = (HydraException, OmegaConfBaseException)
@@ -35,8 +38,12 @@ def _is_ours(error: BaseException) -> bool:
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    raised_in = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
-    return isinstance(error, (ValueError, OSError, RuntimeError)) and raised_in.startswith("lightning_ft.")
+    if traceback is None or not isinstance(error, (ValueError, OSError, RuntimeError)):
+        return False
+    frame = traceback.tb_frame
+    # Built-in functions have no frame of their own: what int() or torch raises seems to come from their caller.
+    by_raise = frame.f_code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return by_raise and frame.f_globals.get("__name__", "").startswith("lightning_ft.")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -52,6 +59,6 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     place = error.full_key.rpartition(".")[0] if error.full_key else ""
     where = f"'{place}' has" if place else "the config has"
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    if not near and "_target_" in choices:
-        hint = f" An argument that {parent['_target_']} takes beside these: +{error.full_key}=..."
+    if "_target_" in choices:
+        hint += f" An argument that {parent['_target_']} takes beside these: +{error.full_key}=..."
     return f"there is no option '{error.full_key or key}'; {where} {', '.join(sorted(choices))}.{hint}"

@@ -39,6 +39,7 @@ def main(config: DictConfig) -> None:
     scores = trainer.test(module, loader, verbose=False)[0]
     report.console.print(
         f"{folder} on {data.path}: accuracy {scores['test/accuracy']:.1%}, macro F1 {scores['test/f1']:.1%},"
-        f" loss {scores['test/loss']:.3f}"
+        f" loss {scores['test/loss']:.3f}",
+        markup=False,
     )
     report.console.print(report.per_class_table(*per_class.rows))

@@ -19,6 +19,10 @@ def wandb(**arguments: Any) -> WandbLogger:
     Args:
         arguments: those of WandbLogger.
     """
+    import wandb as client
+
+    if client.run is not None:  # an earlier job's of a multirun, which WandbLogger would go on writing to
+        client.finish()
     if "WANDB_MODE" not in os.environ and not _logged_in():
         log.info(
             "Weights & Biases: not logged in, so this run is kept offline in %s/wandb."

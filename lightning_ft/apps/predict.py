@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +17,6 @@ def main(config: DictConfig) -> None:
     run, out = config.run, config.out
 
     import json
-    from pathlib import Path
 
     from lightning_ft.apps import build, report, runs
     from lightning_ft.apps.restore import restore
@@ -24,6 +24,8 @@ def main(config: DictConfig) -> None:
     build.register_resolvers()
     build.tidy_messages(logging.WARNING)
     texts = _texts(config.text, config.file)
+    if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+        raise ValueError(f"out='{out}' can't be written: name a file in a folder that exists.")
     module, data = restore(runs.find_run(run), OmegaConf.create())
     batches = build.quiet_trainer().predict(module, data.texts_dataloader(texts)) or []
     predictions = [row for batch in batches for row in batch]
@@ -35,9 +37,15 @@ def main(config: DictConfig) -> None:
     report.console.print(f"{len(lines):,} predictions written to {out}")
 
 
-def _texts(text: object, file: str | None) -> list[str]:
-    from pathlib import Path
+def _lines(file: Path) -> list[str]:
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{file}' isn't UTF-8: {error.reason} at byte {error.start}.") from error
+    return content.removesuffix("\n").split("\n")  # not splitlines(), which takes more characters for an end
 
+
+def _texts(text: object, file: str | None) -> list[str]:
     from lightning_ft.apps.build import as_list
 
     if (text is None) == (file is None):
@@ -45,7 +53,7 @@ def _texts(text: object, file: str | None) -> list[str]:
     if file is None:
         texts = as_list(text)
     elif Path(file).is_file():
-        texts = Path(file).read_text(encoding="utf-8").splitlines()
+        texts = _lines(Path(file))
     else:
         raise ValueError(f"there is no file '{file}'.")
     empty = [i + 1 for i, t in enumerate(texts) if not t.strip()]

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 console = Console(highlight=False)
 
 
 def scores_table(results: Mapping[str, Any]) -> Table:
     """The result of a run: scores before and after, and what they cost."""
-    table = Table(title=f"{results['method']} on {results['data']}", title_justify="left")
+    table = Table(title=escape(f"{results['method']} on {results['data']}"), title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right", style="bold")
@@ -36,7 +38,7 @@ def predictions_table(texts: Sequence[str], predictions: Sequence[Mapping[str, A
     table.add_column("label", style="bold")
     table.add_column("probability", justify="right")
     for text, prediction in zip(texts, predictions, strict=True):
-        table.add_row(text, prediction["label"], f"{prediction['probability']:.2f}")
+        table.add_row(Text(text), Text(prediction["label"]), f"{prediction['probability']:.2f}")
     return table
 
 
@@ -46,7 +48,7 @@ def per_class_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Ta
     for column in columns:
         table.add_column(column, justify="left" if column == "label" else "right")
     for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else Text(str(value)) for value in row))
     return table
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_ft.apps.paths import conf_dir
 
@@ -55,8 +56,10 @@ def train(config: DictConfig) -> float:
         callbacks.append(efficiency)
     loggers = list(instantiate(config.logger, _convert_="all").values())
     trainer: L.Trainer = instantiate(config.trainer, callbacks=[method, *callbacks], logger=loggers, _convert_="all")
+    # Plain values: W&B would take a DictConfig's groups for texts.
+    settings: Any = OmegaConf.to_container(runs.load_config(folder), resolve=True)
     for logger in loggers:
-        logger.log_hyperparams(runs.load_config(folder))
+        logger.log_hyperparams(settings)
 
     trainer.fit(module, data)
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
@@ -81,7 +84,7 @@ def train(config: DictConfig) -> float:
     (folder / runs.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
     report.console.print(report.scores_table(results))
-    report.console.print(f"The run lies in [bold]{os.path.relpath(folder)}[/bold]\n")
+    report.console.print(f"The run lies in {os.path.relpath(folder)}\n", markup=False)
     samples = build.as_list(config.samples)
     if samples:
         batches = build.quiet_trainer().predict(module, data.texts_dataloader(samples)) or []

@@ -44,7 +44,8 @@ class AdapterCheckpointIO(CheckpointIO):
         """Write what was trained."""
         frozen = frozen_keys(self._model(), self._base())
         slim = {key: trained_state(checkpoint[key], frozen) for key in _STATES if key in checkpoint}
-        records = [*checkpoint.get(METADATA, []), self.record()]
+        records, own = checkpoint.get(METADATA, []), self.record()
+        records = records if own in records else [*records, own]
         self.inner.save_checkpoint({**checkpoint, **slim, METADATA: records}, path, storage_options)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

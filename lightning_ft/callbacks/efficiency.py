@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
 from lightning_ft.callbacks.finetuning import count_parameters
 
@@ -29,7 +31,7 @@ class Efficiency(Callback):
         self.peak_memory_mib = 0.0
         self._started = self._epoch_started = self._validation_started = 0.0
         self._paused = 0.0
-        self._samples = 0
+        self._samples = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -39,13 +41,13 @@ class Efficiency(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start an epoch's count."""
-        self._epoch_started, self._paused, self._samples = time.perf_counter(), 0.0, 0
+        self._epoch_started, self._paused, self._samples = time.perf_counter(), 0.0, 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the samples."""
-        self._samples += extract_batch_size(batch)
+        self._samples += _samples_in(batch)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pause the epoch's clock."""
@@ -72,6 +74,16 @@ class Efficiency(Callback):
         """Stop the clock."""
         self.seconds = time.perf_counter() - self._started
         self.peak_memory_mib = peak_memory_mib(pl_module.device)
+
+
+def _samples_in(batch: Any) -> float:
+    """The number of samples, or NaN for a batch of a kind that Lightning can't tell it of."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where tensors differ in size, the first one's is taken
+            return extract_batch_size(batch)
+    except MisconfigurationException:
+        return float("nan")
 
 
 def peak_memory_mib(device: torch.device) -> float:

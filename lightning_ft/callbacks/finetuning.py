@@ -16,7 +16,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -53,7 +53,7 @@ class FineTuning(Callback, ABC):
         self.modules_to_save = modules_to_save
         self.backbone = backbone
         self._fingerprint: dict[str, str] | None = None
-        self._stilled: list[nn.Module] = []
+        self._modes: list[tuple[nn.Module, bool]] = []  # of the modules whose mode was changed, as they were
 
     peft_type: ClassVar[str]
     """The method's name in files."""
@@ -98,20 +98,26 @@ class FineTuning(Callback, ABC):
         running statistics. Everything else keeps the mode that the user gave it.
         """
         for _, module in frozen_modules(find_base(pl_module, self.backbone)):
-            if isinstance(module, _NormBase) and module.training:
-                self._stilled.append(module.eval())
+            if isinstance(module, _NormBase):
+                self._set_mode(module, training=False)
         for _, injected in injected_modules(pl_module):
-            injected.training = True  # type: ignore[attr-defined]
+            self._set_mode(cast(nn.Module, injected), training=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its hooks and modes back."""
         _restore_hooks(pl_module)
-        while self._stilled:
-            self._stilled.pop().train()
+        while self._modes:
+            module, training = self._modes.pop()
+            module.training = training
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the module its hooks and modes back."""
         self.teardown(trainer, pl_module, "")
+
+    def _set_mode(self, module: nn.Module, training: bool) -> None:
+        if module.training != training:
+            self._modes.append((module, module.training))
+            module.training = training
 
     # ------------------------------------------------------------------ for checkpoints
 

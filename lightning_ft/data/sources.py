@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,13 +37,19 @@ def read(path: str | Path | Mapping[str, str | Path], encoding: str = "utf-8") -
         DataError: if a file is missing, empty or can't be parsed, or nothing is found.
     """
     if isinstance(path, Mapping):
-        return {_split_name(split): _read_file(Path(file), encoding) for split, file in path.items()}
+        files: dict[str, Path] = {}
+        for name, file in path.items():
+            split = _split_name(name)
+            if split in files:
+                raise DataError(f"Two files are given for {split}: '{files[split]}' and '{file}'.")
+            files[split] = Path(file)
+        return {split: _read_file(file, encoding) for split, file in files.items()}
     if str(path).startswith("bundled:"):
         return _read_folder(_bundled(str(path).removeprefix("bundled:")), encoding)
     local = Path(path).expanduser()
     if local.is_dir():
         return _read_folder(local, encoding)
-    if local.is_file() or local.suffix in _BUILDERS or local.is_absolute() or str(path).startswith("."):
+    if local.is_file() or local.suffix.lower() in _BUILDERS or local.is_absolute() or str(path).startswith("."):
         return {"train": _read_file(local, encoding)}
     return _read_hub(str(path))
 
@@ -67,7 +75,9 @@ def check(
                     f" Name the right one: data.{option}=...{_did_you_mean(column, rows.column_names)}"
                 )
         _check_rows(where, "text", text, rows[text], lambda value: isinstance(value, str) and bool(value.strip()))
-        _check_rows(where, "label", label, rows[label], lambda value: value is not None and str(value).strip() != "")
+        # -1 is the hub's "no label"
+        good = _is_class if isinstance(rows.features[label], ClassLabel) else _is_label
+        _check_rows(where, "label", label, rows[label], good)
     if known is None:
         if "train" not in splits:
             raise DataError(f"{source}: there is no train split, only {', '.join(splits)}.")
@@ -133,6 +143,14 @@ def quiet_bars(rows: int) -> Iterator[None]:
             enable_progress_bar()
 
 
+def _is_label(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and str(value).strip() != ""
+
+
+def _is_class(value: Any) -> bool:
+    return value is not None and value >= 0
+
+
 def _split_name(name: str) -> str:
     split = _ALIASES.get(name, name)
     if split not in SPLITS:
@@ -152,7 +170,7 @@ def _read_folder(folder: Path, encoding: str) -> dict[str, Dataset]:
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
         split = _ALIASES.get(file.stem, file.stem)
-        if split in SPLITS and file.suffix in _BUILDERS:
+        if split in SPLITS and file.suffix.lower() in _BUILDERS:
             if split in found:
                 raise DataError(f"'{folder}' has two files for {split}: {found[split].name} and {file.name}.")
             found[split] = file
@@ -170,35 +188,60 @@ def _read_file(file: Path, encoding: str) -> Dataset:
     if not file.is_file():
         near = _did_you_mean(file.name, [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else [])
         raise DataError(f"There is no file '{file}'.{near}")
-    if file.suffix not in _BUILDERS:
+    builder = _BUILDERS.get(file.suffix.lower())
+    if builder is None:
         raise DataError(f"'{file}' has an ending that isn't known; known are {', '.join(_BUILDERS)}.")
     if file.stat().st_size == 0:
         raise DataError(f"'{file}' is empty.")
-    builder = _BUILDERS[file.suffix]
-    options: dict[str, Any] = {} if builder == "parquet" else {"encoding": encoding}
+    options: dict[str, Any] = {}
+    if builder != "parquet":
+        _check_encoding(file, encoding)
+        options["encoding"] = encoding
     if builder == "csv":
         # "NA", "null" and "None" are words a text may consist of.
-        options |= {"sep": "\t" if file.suffix == ".tsv" else ",", "keep_default_na": False}
+        options |= {"sep": "\t" if file.suffix.lower() == ".tsv" else ",", "keep_default_na": False}
     try:
         with quiet_bars(0):
             rows = load_dataset(builder, data_files=str(file), split="train", **options)
     except Exception as error:  # `datasets` wraps every parser's own
-        raise DataError(_why_unreadable(file, encoding, error)) from error
+        raise DataError(_why_unreadable(file, error)) from error
     if len(rows) == 0:
         raise DataError(f"'{file}' holds no rows.")
     return rows
 
 
-def _why_unreadable(file: Path, encoding: str, error: BaseException) -> str:
+def _check_encoding(file: Path, encoding: str) -> None:
+    """Decode the file once, so that the line can be named; `datasets` would keep the bytes or name a field's."""
+    try:
+        decoder = codecs.getincrementaldecoder(encoding)()
+    except LookupError:
+        raise DataError(
+            f"'{encoding}' isn't an encoding that Python knows; common ones are utf-8, utf-16, latin-1, gb18030."
+        ) from None
+    line = 1
+    try:
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                decoder.decode(chunk)
+                line += chunk.count(b"\n")
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        line += error.object[: error.start].count(b"\n")
+        raise DataError(
+            f"'{file}' isn't {encoding}: {error.reason} in line {line}. Name its encoding, e.g. data.encoding=latin-1."
+        ) from error
+
+
+def _why_unreadable(file: Path, error: BaseException) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    if isinstance(cause, UnicodeDecodeError):
-        where = f"{cause.reason} at byte {cause.start}"
-        return f"'{file}' isn't {encoding}: {where}. Name its encoding, e.g. data.encoding=latin-1."
-    if isinstance(cause, LookupError) and "encoding" in str(cause):
-        return f"'{encoding}' isn't an encoding that Python knows; common ones are utf-8, utf-16, latin-1, gb18030."
-    return f"'{file}' can't be read as {_BUILDERS[file.suffix].upper()}: {str(cause).strip().splitlines()[0]}"
+    reason = str(cause).strip().splitlines()[0]
+    if "corresponds to no data" in reason:
+        return f"'{file}' holds no rows."
+    # The parsers count rows from 0.
+    reason = re.sub(r"\brow (\d+)", lambda match: f"line {int(match[1]) + 1}", reason)
+    return f"'{file}' can't be read as {_BUILDERS[file.suffix.lower()].upper()}: {reason}"
 
 
 def _read_hub(name: str) -> dict[str, Dataset]:
@@ -207,7 +250,7 @@ def _read_hub(name: str) -> dict[str, Dataset]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"'{name}' is no file or folder here, and can't be had from the Hugging Face hub: {reason}"
+            f"'{name}' is no file or folder here, and can't be had from the Hugging Face hub: {reason}."
             f" For a file, give its path with its ending ({', '.join(_BUILDERS)})."
         ) from error
     assert isinstance(loaded, DatasetDict)
@@ -228,16 +271,19 @@ def _check_rows(where: str, kind: str, column: str, values: Sequence[Any], good:
 
 def _split(rows: Dataset, label: str, share: float, seed: int, source: str) -> tuple[Dataset, Dataset]:
     labels = row_labels(rows, label)
-    counts = Counter(labels)
-    rare, count = min(counts.items(), key=lambda item: item[1])
-    if count < 2 or min(share, 1 - share) * len(rows) < len(counts):
-        raise DataError(
-            f"{source}: too few rows to split by ratio: label '{rare}' has {count} of {len(rows)}. Each label needs a"
-            " row in each split. Add rows, or give the splits in files of their own."
-        )
+    rare, count = min(Counter(labels).items(), key=lambda item: item[1])
+    too_few = DataError(
+        f"{source}: too few rows to split by ratio: label '{rare}' has {count} of {len(rows)}. Each label needs a"
+        " row in each split. Add rows, or give the splits in files of their own."
+    )
     from sklearn.model_selection import train_test_split
 
-    kept, taken = train_test_split(range(len(rows)), test_size=share, random_state=seed, stratify=labels)
+    try:
+        kept, taken = train_test_split(range(len(rows)), test_size=share, random_state=seed, stratify=labels)
+    except ValueError:
+        raise too_few from None
+    if {labels[i] for i in kept} != set(labels) or {labels[i] for i in taken} != set(labels):
+        raise too_few
     return rows.select(sorted(kept)), rows.select(sorted(taken))
 
 

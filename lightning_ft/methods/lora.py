@@ -81,8 +81,8 @@ class LoRALayer(Injected):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """``W ← W + (alpha / r) · B A``, summed in fp32."""
-        self.weight.copy_((self.weight.float() + self.delta()).to(self.weight.dtype))
+        """``W ← W + (alpha / r) · B A``, summed in fp32 or more."""
+        self.weight.copy_(self.weight + self.delta())  # torch adds in the wider of the two dtypes
 
     @staticmethod
     def sizes(module: Any) -> tuple[int, int]:
@@ -171,6 +171,7 @@ def inject_lora(
     Returns:
         Paths of the adapted modules in ``model``.
     """
+    settings = _checked(r, alpha, dropout, init_lora_weights)
     base, saved = freeze_base(model, backbone, modules_to_save)
     names = resolve_targets(base, target_modules, lambda m: layer_for(m) is not None, excluded=saved)
     present = [name for name, module in base.named_modules() if isinstance(module, LoRALayer)]
@@ -179,28 +180,45 @@ def inject_lora(
             f"The model already carries LoRA on {len(present)} modules ({', '.join(present[:3])}, …), and"
             f" target_modules={target_modules!r} names {len(names)} others. Merge or remove it first."
         )
+    _refuse_tied(base.root, names)
     for name in names:
         module = base.root.get_submodule(name)
-        _refuse_tied(base.root, name, module)
         layer = layer_for(module)
         assert layer is not None
         n_in, n_out = layer.sizes(module)
         a, b = torch.empty(r, n_in), torch.empty(n_out, r)
         layer.start(a, b, init_lora_weights)
-        attach(base.root, name, layer, LoRASettings(r, alpha, dropout), {"lora_A": a, "lora_B": b})
+        attach(base.root, name, layer, settings, {"lora_A": a, "lora_B": b})
     return [base.prefixed(name) for name in names]
 
 
-def _refuse_tied(root: nn.Module, name: str, module: nn.Module) -> None:
-    """A weight that two modules share would be adapted in one and, once merged, changed in both."""
-    if not isinstance(module, nn.Embedding):
-        return
-    others = [n for n, m in root.named_modules() if m is not module and getattr(m, "weight", None) is module.weight]
-    if others:
-        raise InjectionError(
-            f"'{name}' shares its weight with '{others[0]}', which LoRA would leave as it is until a merge"
-            f" changed both. Leave '{name}' out of target_modules, or untie the two (tie_word_embeddings=False)."
+def _checked(r: int, alpha: float, dropout: float, init_lora_weights: Init) -> LoRASettings:
+    if not isinstance(r, int) or r < 1:
+        raise ValueError(f"LoRA: r must be a whole number of at least 1, not {r!r}.")
+    if not isinstance(alpha, (int, float)) or not alpha > 0:
+        raise ValueError(f"LoRA: alpha must be a number above 0, not {alpha!r}.")
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"LoRA: dropout must be a number in [0, 1), not {dropout!r}.")
+    if init_lora_weights not in get_args(Init):
+        raise ValueError(
+            f"LoRA: init_lora_weights must be one of {', '.join(get_args(Init))}, not {init_lora_weights!r}."
         )
+    return LoRASettings(r, alpha, dropout)
+
+
+def _refuse_tied(root: nn.Module, names: Sequence[str]) -> None:
+    """A weight that two modules share would be adapted in one of them and, once merged, changed in both."""
+    owners: dict[int, list[str]] = {}
+    for name, module in root.named_modules():
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            owners.setdefault(id(weight), []).append(name)
+    for sharing in owners.values():
+        if len(sharing) > 1 and (target := next((name for name in sharing if name in names), None)) is not None:
+            other = next(name for name in sharing if name != target)
+            raise InjectionError(
+                f"'{target}' shares its weight with '{other}': LoRA would adapt the one, and a merge change both."
+                f" Leave '{target}' out of target_modules, or untie the two (tie_word_embeddings=False)."
+            )
 
 
 # -------------------------------------------------------------------------------------------- the callback
@@ -241,16 +259,7 @@ class LoRA(FineTuning):
         backbone: str | None = None,
     ) -> None:
         super().__init__(modules_to_save, backbone)
-        if not isinstance(r, int) or r < 1:
-            raise ValueError(f"LoRA: r must be a whole number of at least 1, not {r!r}.")
-        if not isinstance(alpha, (int, float)) or alpha <= 0:
-            raise ValueError(f"LoRA: alpha must be a number above 0, not {alpha!r}.")
-        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise ValueError(f"LoRA: dropout must be a number in [0, 1), not {dropout!r}.")
-        if init_lora_weights not in get_args(Init):
-            raise ValueError(
-                f"LoRA: init_lora_weights must be one of {', '.join(get_args(Init))}, not {init_lora_weights!r}."
-            )
+        _checked(r, alpha, dropout, init_lora_weights)
         self.r, self.alpha, self.dropout = r, alpha, dropout
         self.target_modules = target_modules
         self.init_lora_weights: Init = init_lora_weights

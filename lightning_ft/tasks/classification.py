@@ -173,8 +173,8 @@ def _weights(
         if set(weights) != set(labels):
             raise ValueError(f"class_weights names {sorted(weights)}; the labels are {sorted(labels)}.")
         weights = [weights[label] for label in labels]
-    if len(weights) != len(labels) or min(weights) < 0:
+    if len(weights) != len(labels) or min(weights) < 0 or max(weights) == 0:
         raise ValueError(
-            f"class_weights must be {len(labels)} numbers of at least 0, one a label, not {list(weights)}."
+            f"class_weights must be {len(labels)} numbers of at least 0, not all of them 0, not {list(weights)}."
         )
     return torch.tensor(weights, dtype=torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_ft.optim import parameter_groups, scale_rates
+from lightning_ft.optim import RateError, parameter_groups, scale_rates
 from lightning_ft.reporting import log_figure, log_table
 from lightning_ft.tasks.classification import Classification
 
@@ -93,7 +93,7 @@ class FineTuner(L.LightningModule):
             return optimizer
         steps = self.trainer.estimated_stepping_batches
         if not steps < float("inf"):
-            raise ValueError("A learning-rate schedule needs an end: set max_epochs or max_steps in the Trainer.")
+            raise RateError("A learning-rate schedule needs an end: set max_epochs or max_steps in the Trainer.")
         scheduler = self._make_scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

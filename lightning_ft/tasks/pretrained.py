@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
+class ModelNotFoundError(OSError):
+    """There is no such pretrained model here, nor on the hub as far as it can be reached."""
+
+
 def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
     """``auto_class.from_pretrained(name, **kwargs)``, quietly.
 
@@ -18,7 +22,7 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
         kwargs: passed on.
 
     Raises:
-        OSError: if there is no such folder, and the hub doesn't have it or can't be reached.
+        ModelNotFoundError: if there is no such folder, and the hub doesn't have it or can't be reached.
     """
     try:
         with _quiet():
@@ -28,7 +32,7 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
             raise
         offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
         why = "HF_HUB_OFFLINE is set, and it isn't in the cache" if offline else str(error).splitlines()[0]
-        raise OSError(
+        raise ModelNotFoundError(
             f"The model '{name}' can't be loaded: it isn't a local folder, and from the hub: {why}."
             " Give the path of a folder with config.json and model.safetensors, or a name from huggingface.co."
         ) from error

@@ -1,0 +1,172 @@
+"""Parameter groups and schedules: against names and closed forms."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedModel,
+)
+
+from lightning_ft.methods.lora import inject_lora
+from lightning_ft.optim import constant, cosine, linear, parameter_groups, scale_rates, warmup_steps
+
+
+@pytest.fixture
+def bert(tiny_bert_dir: str) -> PreTrainedModel:
+    return AutoModelForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=3)
+
+
+def freeze(model: nn.Module, pattern: str) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not re.search(pattern, name)
+
+
+# ---------------------------------------------------------------------- groups
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.8])
+@pytest.mark.parametrize("frozen", ["nothing", "embeddings", "bert", "weight", "layer.0|bias"])
+def test_groups_partition_what_trains(bert: PreTrainedModel, frozen: str, layer_decay: float) -> None:
+    freeze(bert, frozen)
+    grouped = [id(p) for group in parameter_groups(bert, bert.bert, layer_decay) for p in group["params"]]
+    assert len(set(grouped)) == len(grouped)
+    assert set(grouped) == {id(p) for p in bert.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.8])
+def test_vectors_have_no_decay_and_matrices_the_optimizers(bert: PreTrainedModel, layer_decay: float) -> None:
+    optimizer = torch.optim.AdamW(parameter_groups(bert, bert.bert, layer_decay), weight_decay=0.3)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in bert.named_parameters():
+        vector = name.endswith("bias") or "LayerNorm" in name
+        assert decay[id(parameter)] == (0.0 if vector else 0.3), name
+
+
+def expected_bert_rate(name: str, lr: float, d: float, layers: int = 2) -> float:
+    """lr · d^(L + 1 - l): embeddings are layer 0; the pooler, after the last layer, goes with it."""
+    if name.startswith("bert.embeddings"):
+        layer = 0
+    elif match := re.match(r"bert\.encoder\.layer\.(\d+)\.", name):
+        layer = int(match[1]) + 1
+    else:
+        layer = layers if name.startswith("bert.") else layers + 1
+    return lr * d ** (layers + 1 - layer)
+
+
+def rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("d", [1.0, 0.9, 0.5])
+def test_layer_decay_gives_each_layer_its_rate(bert: PreTrainedModel, d: float) -> None:
+    optimizer = scale_rates(torch.optim.AdamW(parameter_groups(bert, bert.bert, d), lr=1e-3))
+    rate = rates(optimizer)
+    for name, parameter in bert.named_parameters():
+        assert rate[id(parameter)] == pytest.approx(expected_bert_rate(name, 1e-3, d)), name
+    assert all("lr_scale" not in group for group in optimizer.param_groups)
+
+
+def test_rates_stay_the_layers_whatever_is_frozen(bert: PreTrainedModel) -> None:
+    freeze(bert, r"layer\.1|classifier")
+    rate = rates(scale_rates(torch.optim.AdamW(parameter_groups(bert, bert.bert, 0.5), lr=1.0)))
+    trained = {name: p for name, p in bert.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(rate[id(p)] == pytest.approx(expected_bert_rate(name, 1.0, 0.5)) for name, p in trained.items())
+
+
+def test_lora_trains_at_the_rate_of_its_layer(bert: PreTrainedModel) -> None:
+    inject_lora(bert, r=2)
+    rate = rates(scale_rates(torch.optim.AdamW(parameter_groups(bert, bert.bert, 0.5), lr=1.0)))
+    trained = {name: p for name, p in bert.named_parameters() if p.requires_grad}
+    assert {id(p) for p in trained.values()} == set(rate)
+    assert {rate[id(p)] for p in trained.values()} == {0.25, 0.5, 1.0}
+    for name, parameter in trained.items():
+        assert rate[id(parameter)] == pytest.approx(expected_bert_rate(name, 1.0, 0.5)), name
+
+
+def test_decoders_norm_goes_with_the_last_layer() -> None:
+    config = GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=3, n_head=2, num_labels=2)
+    model = GPT2ForSequenceClassification(config)
+    rate = rates(scale_rates(torch.optim.AdamW(parameter_groups(model, model.transformer, 0.5), lr=1.0)))
+    layer = {"transformer.wte": 0, "transformer.wpe": 0, "transformer.ln_f": 3, "score": 4}
+    layer |= {f"transformer.h.{i}": i + 1 for i in range(3)}
+    for name, parameter in model.named_parameters():
+        found = next(value for key, value in layer.items() if name.startswith(f"{key}."))
+        assert rate[id(parameter)] == 0.5 ** (4 - found), name
+
+
+@pytest.mark.parametrize("layer_decay", [0.0, -0.5, 1.1])
+def test_layer_decay_out_of_range_is_refused(bert: PreTrainedModel, layer_decay: float) -> None:
+    with pytest.raises(ValueError, match=f"layer_decay.*{layer_decay}"):
+        parameter_groups(bert, bert.bert, layer_decay)
+
+
+def test_layer_decay_needs_a_stack_of_layers() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert len(parameter_groups(model, model)) == 2
+    with pytest.raises(ValueError, match=r"layer_decay.*ModuleList.*Sequential"):
+        parameter_groups(model, model, 0.9)
+
+
+# ---------------------------------------------------------------------- schedules
+
+Schedule = Callable[..., torch.optim.lr_scheduler.LambdaLR]
+
+
+def progress(step: int, total: int, warm: int) -> float:
+    return (step - warm) / max(1, total - warm)
+
+
+CLOSED_FORMS: dict[Schedule, Callable[[int, int, int], float]] = {
+    linear: lambda step, total, warm: 1 - progress(step, total, warm),
+    cosine: lambda step, total, warm: (1 + math.cos(math.pi * progress(step, total, warm))) / 2,
+    constant: lambda step, total, warm: 1.0,
+}
+
+
+@pytest.mark.parametrize(("warmup", "warm"), [(0, 0), (0.1, 2), (0.25, 5), (1, 1), (3, 3), (7.0, 7), (19, 19)])
+@pytest.mark.parametrize("schedule", CLOSED_FORMS)
+def test_schedule_is_its_closed_form_at_every_step(schedule: Schedule, warmup: float, warm: int) -> None:
+    total, base = 20, (1e-3, 0.5)
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))], "lr": lr} for lr in base])
+    scheduler = schedule(optimizer, total, warmup)
+    for step in range(total + 1):
+        factor = step / warm if step < warm else CLOSED_FORMS[schedule](step, total, warm)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr * factor for lr in base])
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "steps"), [(0, 10, 0), (0.0, 10, 0), (0.06, 100, 6), (0.5, 7, 4), (1, 10, 1), (10, 10, 10)]
+)
+def test_warmup_is_a_share_below_one_and_steps_from_there(warmup: float, total: int, steps: int) -> None:
+    assert warmup_steps(warmup, total) == steps
+
+
+@pytest.mark.parametrize("warmup", [-0.1, -1, 1.5])
+def test_warmup_that_makes_no_sense_is_refused(warmup: float) -> None:
+    with pytest.raises(ValueError, match=f"warmup.*{warmup}"):
+        warmup_steps(warmup, 10)
+
+
+def test_warmup_longer_than_the_training_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"warmup=11 steps.*10 steps"):
+        warmup_steps(11, 10)
+
+
+@pytest.mark.parametrize("schedule", CLOSED_FORMS)
+def test_schedule_is_made_in_parts_as_configs_do(schedule: Any) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    assert partial(schedule, warmup=0.5)(optimizer, 10).get_last_lr() == [0.0]

@@ -1,0 +1,63 @@
+"""Tiny Hugging Face models with random weights, the same each time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from foreign import BERT, VOCABULARY, small
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+TOKENS = torch.arange(1, 15).view(2, 7) % VOCABULARY
+
+
+def seeded(kind: Any, config: Any) -> Any:
+    torch.manual_seed(11)
+    return kind(config).eval()
+
+
+def bert(**more: Any) -> BertModel:
+    return seeded(BertModel, small(BertConfig, **{**BERT, **more}))
+
+
+def bert_classifier(**more: Any) -> BertForSequenceClassification:
+    return seeded(BertForSequenceClassification, small(BertConfig, **{**BERT, **more}))
+
+
+def distilbert_classifier() -> DistilBertForSequenceClassification:
+    sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 16}
+    return seeded(DistilBertForSequenceClassification, small(DistilBertConfig, **sizes))
+
+
+def gpt2(**more: Any) -> GPT2LMHeadModel:
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+    return seeded(GPT2LMHeadModel, small(GPT2Config, **{**sizes, **more}))
+
+
+def llama() -> LlamaModel:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return seeded(LlamaModel, small(LlamaConfig, **sizes))
+
+
+def t5() -> T5ForConditionalGeneration:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    return seeded(T5ForConditionalGeneration, small(T5Config, **sizes))
+
+
+def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
