@@ -83,18 +83,22 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
     kind = config.get("peft_type")
     if kind not in _ROOMS and kind != "PARTIAL":
         raise ValueError(f"'{directory}' holds a {kind} adapter; known here are {', '.join([*_ROOMS, 'PARTIAL'])}.")
+    base = find_base(model, backbone)
     present = {name for name, _ in injected_modules(model)}
-    if kind == "PARTIAL":
-        freeze_base(model, backbone)
-    else:
-        room = _ROOMS[kind]
-        room.from_peft(config, _targets(room, tensors), backbone).inject(model)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        places = _places(model, find_base(model, backbone), tensors, directory)
-    except StateError:
+        if kind == "PARTIAL":
+            freeze_base(model, backbone)
+        else:
+            room = _ROOMS[kind]
+            room.from_peft(config, _targets(room, tensors, base, directory), backbone).inject(model)
+        places = _places(model, base, tensors, directory)
+    except (StateError, InjectionError):
         for name, _ in list(injected_modules(model)):
             if name not in present:
                 detach(model, name)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
         raise
     with torch.no_grad():
         for place, tensor in places:
@@ -252,11 +256,20 @@ def _without_ties(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _targets(room: type[LoRA], tensors: Mapping[str, Tensor]) -> list[str]:
+def _targets(room: type[LoRA], tensors: Mapping[str, Tensor], base: Base, directory: str | Path) -> list[str]:
     """The modules that the tensors of an adapter belong to, as paths in the root."""
     endings = {f".{file_name}" for layer in room.layers for file_name in layer.adds.values()}
-    names = (key.removeprefix(peft.INSIDE).removesuffix(e) for key in tensors for e in endings if key.endswith(e))
-    return list(dict.fromkeys(names))
+    names = dict.fromkeys(
+        key.removeprefix(peft.INSIDE).removesuffix(e) for key in tensors for e in endings if key.endswith(e)
+    )
+    there = {name for name, _ in base.root.named_modules()}
+    foreign = [name for name in names if name not in there]
+    if foreign or not names:
+        raise StateError(
+            f"'{directory}' adapts {', '.join(foreign[:3]) or 'nothing'}, and {type(base.root).__name__} has no such"
+            " module: it was made for another model."
+        )
+    return list(names)
 
 
 def _places(

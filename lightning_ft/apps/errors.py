@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import dis
 from collections.abc import Iterator
 
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+
+
+class RequestError(ValueError):
+    """What a command was asked for can't be done; the message says what can."""
 
 
 def explain(error: BaseException) -> str | None:
@@ -23,27 +27,21 @@ def explain(error: BaseException) -> str | None:
             return f"'{cause.full_key}' has no value: give {cause.full_key}=..."
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.parent_node is not None:
             return _unknown_key(cause)
-    if isinstance(error, OverrideParseException):
-        return f"'{error.override}' can't be read: {error}"
-    if isinstance(error, HydraException) and len(chain) > 1 and isinstance(chain[-1], (ValueError, OSError)):
-        return str(chain[-1])  # Hydra's "error in call to target" adds nothing to it
-    known = (HydraException, OmegaConfBaseException)
-    if isinstance(error, known) or _is_ours(error):
-        return str(error)
-    return None
+    if isinstance(error, (InstantiationException, InterpolationResolutionError)):
+        # What a constructor or a resolver says is to the point; the words around it add nothing.
+        return str(chain[-1] if isinstance(chain[-1], (ValueError, OSError)) else error)
+    return str(error) if isinstance(error, (HydraException, OmegaConfBaseException, *_on_purpose())) else None
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Raised by this package on purpose: an error whose message says what to do."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    if traceback is None or not isinstance(error, (ValueError, OSError, RuntimeError)):
-        return False
-    frame = traceback.tb_frame
-    # Built-in functions have no frame of their own: what int() or torch raises seems to come from their caller.
-    by_raise = frame.f_code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return by_raise and frame.f_globals.get("__name__", "").startswith("lightning_ft.")
+def _on_purpose() -> tuple[type[Exception], ...]:
+    """The package's own errors, each raised with a message that says what to do."""
+    from lightning_ft.data.sources import DataError
+    from lightning_ft.files.state import StateError
+    from lightning_ft.injection import InjectionError
+    from lightning_ft.optim import RateError
+    from lightning_ft.tasks.pretrained import ModelNotFoundError
+
+    return RequestError, DataError, StateError, InjectionError, RateError, ModelNotFoundError, FileNotFoundError
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_ft.apps.errors import RequestError
 from lightning_ft.apps.paths import conf_dir
 
 
@@ -25,7 +26,7 @@ def main(config: DictConfig) -> None:
     build.tidy_messages(logging.WARNING)
     texts = _texts(config.text, config.file)
     if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
-        raise ValueError(f"out='{out}' can't be written: name a file in a folder that exists.")
+        raise RequestError(f"out='{out}' can't be written: name a file in a folder that exists.")
     module, data = restore(runs.find_run(run), OmegaConf.create())
     batches = build.quiet_trainer().predict(module, data.texts_dataloader(texts)) or []
     predictions = [row for batch in batches for row in batch]
@@ -41,7 +42,7 @@ def _lines(file: Path) -> list[str]:
     try:
         content = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"'{file}' isn't UTF-8: {error.reason} at byte {error.start}.") from error
+        raise RequestError(f"'{file}' isn't UTF-8: {error.reason} at byte {error.start}.") from error
     return content.removesuffix("\n").split("\n")  # not splitlines(), which takes more characters for an end
 
 
@@ -49,14 +50,14 @@ def _texts(text: object, file: str | None) -> list[str]:
     from lightning_ft.apps.build import as_list
 
     if (text is None) == (file is None):
-        raise ValueError("give either text='...' (or text=[a,b]) or file=PATH, with one text a line.")
+        raise RequestError("give either text='...' (or text=[a,b]) or file=PATH, with one text a line.")
     if file is None:
         texts = as_list(text)
     elif Path(file).is_file():
         texts = _lines(Path(file))
     else:
-        raise ValueError(f"there is no file '{file}'.")
+        raise RequestError(f"there is no file '{file}'.")
     empty = [i + 1 for i, t in enumerate(texts) if not t.strip()]
     if empty or not texts:
-        raise ValueError(f"text {empty[0]} of {len(texts)} is empty." if empty else "there is no text.")
+        raise RequestError(f"text {empty[0]} of {len(texts)} is empty." if empty else "there is no text.")
     return texts

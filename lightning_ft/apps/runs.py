@@ -14,11 +14,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_ft.apps.errors import RequestError
+
 CONFIG, ADAPTER, RESULTS = "config.yaml", "adapter", "results.json"
-
-
-class RunError(ValueError):
-    """There is no such run, or it isn't finished."""
 
 
 def save_config(folder: Path, config: DictConfig, labels: list[str]) -> None:
@@ -32,18 +30,18 @@ def find_run(name: str, root: Path = Path("runs")) -> Path:
     """The folder of a finished run: a path, or ``last`` for the newest one in ``runs/``.
 
     Raises:
-        RunError: if it isn't there, or holds no adapter.
+        RequestError: if it isn't there, or holds no adapter.
     """
     if name == "last":
         finished = [path.parent for path in root.glob(f"**/{RESULTS}")]
         if not finished:
-            raise RunError(f"there is no finished run in '{root}'; `lightning-ft train` makes one.")
+            raise RequestError(f"there is no finished run in '{root}'; `lightning-ft train` makes one.")
         return max(finished, key=lambda path: (path / RESULTS).stat().st_mtime)
     folder = Path(name).expanduser()
     if not (folder / CONFIG).is_file() or not (folder / ADAPTER).is_dir():
         runs = sorted(str(path.parent) for path in root.glob(f"**/{RESULTS}"))[-5:]
         there = f" The newest runs: {', '.join(runs)}." if runs else ""
-        raise RunError(f"run='{name}' isn't the folder of a finished run ({CONFIG}, {ADAPTER}/).{there}")
+        raise RequestError(f"run='{name}' isn't the folder of a finished run ({CONFIG}, {ADAPTER}/).{there}")
     return folder
 
 

@@ -82,8 +82,10 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise FileNotFoundError(f"'{directory}' holds no {name} (it holds: {there}).{cure}")
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}")
     except ValueError as error:
-        raise StateError(f"'{directory / CONFIG}' isn't valid JSON: {error}.") from error
+        raise StateError(f"'{directory / CONFIG}' isn't a valid JSON object: {error}.") from error
     try:
         return config, load_file(directory / WEIGHTS)
     except SafetensorError as error:

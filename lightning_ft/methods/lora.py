@@ -11,6 +11,7 @@ can be folded into W, and inference costs what it did.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -301,22 +302,24 @@ class LoRA(FineTuning):
         Raises:
             ValueError: for variants of LoRA that change the equation and aren't known here.
         """
+        variants = (
+            "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "use_qalora", "use_bdlora",
+            "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "layer_replication",
+            "target_parameters", "trainable_token_indices",
+        )  # fmt: skip
+        changes_base = ("pissa", "corda", "olora", "loftq", "lora_ga")
         unknown = {
-            "use_dora": bool,
-            "use_rslora": bool,
+            **dict.fromkeys(variants, bool),
             "bias": lambda value: value not in (None, "none"),
-            "rank_pattern": bool,
-            "alpha_pattern": bool,
-            "lora_bias": bool,
-            "use_qalora": bool,
+            "init_lora_weights": lambda value: str(value).startswith(changes_base),
         }
         found = [key for key, changes in unknown.items() if changes(config.get(key))]
         if found:
             raise ValueError(f"This LoRA adapter uses {', '.join(found)}, which this version can't load.")
         return cls(
-            config["r"],
-            config["lora_alpha"],
+            config.get("r", 8),  # PEFT's own default
+            config.get("lora_alpha", 8),
             config.get("lora_dropout", 0.0),
-            list(targets),
+            f"(?:{'|'.join(map(re.escape, targets))})",  # these paths, and none that ends like one of them
             backbone=backbone,
         )

@@ -1,0 +1,211 @@
+"""Where methods and files meet: load_from_checkpoint and merge, beyond what every method's contract holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import tiny
+import torch
+from foreign import CLASSES, Classifier, make, trainer, vector_data
+from torch import Tensor, nn
+
+import lightning_ft
+from lightning_ft import LoRA, inject_lora
+from lightning_ft.callbacks.checkpoint_io import METADATA
+from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.files.state import StateError
+from lightning_ft.injection import Injected, attach, injected_modules, injected_names
+
+
+class Sized(Classifier):
+    """With arguments of its own, which its checkpoints remember."""
+
+    data = staticmethod(lambda: vector_data(8))
+
+    def __init__(self, width: int, seed: int = 7, slope: float = 1.0) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        torch.manual_seed(seed)
+        self.encoder = nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, width))
+        self.head = nn.Linear(width, CLASSES)
+
+    def outputs(self, x: Tensor) -> Tensor:
+        return self.head(self.hparams["slope"] * self.encoder(x))
+
+
+def lora(**settings: Any) -> LoRA:
+    return LoRA(**{"r": 2, "backbone": "encoder", "target_modules": ["0", "2"], **settings})
+
+
+def fitted(path: Path, module: Classifier, *callbacks: Any) -> Any:
+    run = trainer(*callbacks, max_epochs=1)
+    run.fit(module)
+    run.save_checkpoint(path)
+    return module
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    states = one.state_dict(), two.state_dict()
+    return set(states[0]) == set(states[1]) and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+# ------------------------------------------------------------------------------------ load_from_checkpoint
+
+
+@pytest.mark.parametrize("more", [{}, {"map_location": "cpu"}, {"strict": True}, {"strict": False}])
+def test_arguments_come_from_the_checkpoint(more: dict[str, Any], tmp_path: Path) -> None:
+    module = fitted(tmp_path / "x.ckpt", Sized(6, slope=0.5), lora(alpha=3))
+    loaded = lightning_ft.load_from_checkpoint(Sized, tmp_path / "x.ckpt", **more)
+    assert type(loaded) is Sized
+    assert loaded.hparams == module.hparams
+    assert same(loaded, module)
+    assert torch.equal(loaded.outputs(loaded.example()), module.outputs(module.example()))
+    assert {layer.lora for _, layer in injected_modules(loaded)} == {
+        layer.lora for _, layer in injected_modules(module)
+    }
+
+
+def test_arguments_given_win_over_the_checkpoints(tmp_path: Path) -> None:
+    module = fitted(tmp_path / "x.ckpt", Sized(6), lora())
+    loaded = lightning_ft.load_from_checkpoint(Sized, tmp_path / "x.ckpt", slope=2.0)
+    assert loaded.hparams["slope"] == 2.0
+    assert same(loaded, module)
+    for other in ({"seed": 8}, {"width": 5}):
+        with pytest.raises(StateError, match="trained over other pretrained weights"):
+            lightning_ft.load_from_checkpoint(Sized, str(tmp_path / "x.ckpt"), **other)
+
+
+def test_a_loaded_module_trains_on_and_loads_again(tmp_path: Path) -> None:
+    fitted(tmp_path / "x.ckpt", Sized(6), lora())
+    loaded = lightning_ft.load_from_checkpoint(Sized, tmp_path / "x.ckpt")
+    module = fitted(tmp_path / "y.ckpt", loaded, lora())
+    assert same(lightning_ft.load_from_checkpoint(Sized, tmp_path / "y.ckpt"), module)
+
+
+def test_a_checkpoint_that_no_method_changed_is_not_ours(tmp_path: Path) -> None:
+    module = fitted(tmp_path / "x.ckpt", Sized(6))
+    with pytest.raises(StateError, match=r"x\.ckpt' wasn't saved with a lightning_ft callback.*MyModule\.load"):
+        lightning_ft.load_from_checkpoint(Sized, tmp_path / "x.ckpt")
+    assert same(Sized.load_from_checkpoint(tmp_path / "x.ckpt"), module)
+
+
+class LastLayer(FineTuning):
+    """A user's own method."""
+
+    peft_type: ClassVar[str] = "PARTIAL"
+    default_lr: ClassVar[float] = 1e-3
+
+    def inject(self, model: nn.Module) -> list[str]:
+        model.encoder.requires_grad_(False)
+        model.encoder[2].requires_grad_(True)
+        return ["encoder.2"]
+
+
+def test_an_unknown_method_is_named_and_can_be_passed(tmp_path: Path) -> None:
+    module = fitted(tmp_path / "x.ckpt", Sized(6), LastLayer(backbone="encoder"))
+    with pytest.raises(StateError, match=r"saved with LastLayer, .*method=LastLayer\(\.\.\.\)"):
+        lightning_ft.load_from_checkpoint(Sized, tmp_path / "x.ckpt")
+    loaded = lightning_ft.load_from_checkpoint(Sized, tmp_path / "x.ckpt", method=LastLayer(backbone="encoder"))
+    assert same(loaded, module)
+
+
+def test_several_methods_need_to_be_told_apart(tmp_path: Path) -> None:
+    module = fitted(tmp_path / "x.ckpt", Sized(6), lora())
+    checkpoint = torch.load(tmp_path / "x.ckpt")
+    checkpoint[METADATA].append({**checkpoint[METADATA][0], "method": "LastLayer"})
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    with pytest.raises(StateError, match="several methods: pass method="):
+        lightning_ft.load_from_checkpoint(Sized, tmp_path / "x.ckpt")
+    assert same(lightning_ft.load_from_checkpoint(Sized, tmp_path / "x.ckpt", method=lora()), module)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_nothing_trained_may_be_missing_even_if_not_strict(strict: bool, tmp_path: Path) -> None:
+    """A restore that restores nothing, and says nothing, is what this function is there to prevent."""
+    fitted(tmp_path / "x.ckpt", Sized(6), lora())
+    checkpoint = torch.load(tmp_path / "x.ckpt")
+    del checkpoint["state_dict"]["encoder.0.lora_A"]
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    with pytest.raises(StateError, match=r"no value for 1 trained tensors, encoder\.0\.lora_A"):
+        lightning_ft.load_from_checkpoint(Sized, tmp_path / "x.ckpt", strict=strict)
+
+
+def test_the_modules_own_hooks_see_a_whole_checkpoint(tmp_path: Path) -> None:
+    class Watching(Sized):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.seen = set(checkpoint["state_dict"])
+
+    module = fitted(tmp_path / "x.ckpt", Watching(6), lora())
+    loaded = lightning_ft.load_from_checkpoint(Watching, tmp_path / "x.ckpt")
+    assert loaded.seen == set(module.state_dict())
+
+
+def test_a_setup_that_asks_for_a_trainer_is_passed_by(tmp_path: Path) -> None:
+    class Asking(Sized):
+        def setup(self, stage: str) -> None:
+            self.epochs = self.trainer.max_epochs
+
+    module = fitted(tmp_path / "x.ckpt", Asking(6), lora())
+    assert same(lightning_ft.load_from_checkpoint(Asking, tmp_path / "x.ckpt"), module)
+
+
+def test_a_setup_that_fails_for_another_reason_is_an_error(tmp_path: Path) -> None:
+    class Failing(Sized):
+        def setup(self, stage: str) -> None:
+            if stage == "predict":
+                raise RuntimeError("no such file")
+
+    fitted(tmp_path / "x.ckpt", Failing(6), lora())
+    with pytest.raises(RuntimeError, match="no such file"):
+        lightning_ft.load_from_checkpoint(Failing, tmp_path / "x.ckpt")
+
+
+# ---------------------------------------------------------------------------------------------------- merge
+
+
+class Shift(Injected):
+    """Has no fold."""
+
+    method, slot = "SHIFT", "shift"
+    adds: ClassVar = {"offset": "offset"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.offset
+
+
+@pytest.mark.parametrize("place", ["0", "2"])
+def test_a_merge_that_one_layer_refuses_changes_none(place: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    inject_lora(model, r=2, backbone=".")
+    for _, layer in injected_modules(model):
+        nn.init.normal_(layer.lora_B)
+    attach(model, place, Shift, 1, {"offset": torch.ones(4)})
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    classes, x = [type(m) for m in model], torch.randn(2, 4)
+    out = model(x)
+    with pytest.raises(NotImplementedError, match="Shift can't be merged"):
+        lightning_ft.merge(model)
+    assert [type(m) for m in model] == classes
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(x), out)
+
+
+def test_a_part_of_a_model_can_be_merged_alone() -> None:
+    model = tiny.bert()
+    inject_lora(model, r=2, target_modules=["query"])
+    for _, layer in injected_modules(model):
+        nn.init.normal_(layer.lora_B)
+    before = model(tiny.TOKENS).last_hidden_state
+    assert lightning_ft.merge(model.encoder.layer[0]) == ["attention.self.query"]
+    assert {name.split(".lora")[0] for name in injected_names(model)} == {"encoder.layer.1.attention.self.query"}
+    torch.testing.assert_close(model(tiny.TOKENS).last_hidden_state, before, atol=1e-5, rtol=1e-5)
+
+
+def test_merging_what_carries_nothing_does_nothing() -> None:
+    model = make(lambda: Sized(6))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert lightning_ft.merge(model) == []
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
