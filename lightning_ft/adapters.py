@@ -55,12 +55,15 @@ def save_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
     if not trained:
         raise InjectionError("There is nothing to save: no parameter of the model trains. Inject a method first.")
     names = _file_names(base, layers)
-    tensors = _without_ties({names.get(key) or _file_name(base, key): value for key, value in trained.items()})
+    tensors = {names.get(key) or _file_name(base, key): value for key, value in trained.items()}
     config = {
         **peft.describe_base(base.root),
         **_method_fields(layers),
         "modules_to_save": _trained_whole(base),
     }
+    # Stock PEFT looks for each of modules_to_save under its own name; what only we read is written once.
+    partial = config["peft_type"] == "PARTIAL"
+    tensors = _without_ties(tensors) if partial else {key: value.clone() for key, value in tensors.items()}
     return peft.write(directory, config, tensors)
 
 
@@ -101,9 +104,9 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
             parameter.requires_grad_(requires_grad)
         raise
     with torch.no_grad():
-        for place, tensor in places:
+        for file_name, place, tensor in places:
             place.copy_(tensor)
-            if isinstance(place, nn.Parameter):
+            if isinstance(place, nn.Parameter) and peft.OF_BASE not in file_name:
                 place.requires_grad_(True)
 
 
@@ -221,7 +224,7 @@ def _file_name(base: Base, key: str) -> str:
 def _own_name(base: Base, file_name: str) -> str:
     if file_name.startswith(peft.OUTSIDE):
         return file_name.removeprefix(peft.OUTSIDE)
-    return base.prefixed(file_name.removeprefix(peft.INSIDE))
+    return base.prefixed(file_name.removeprefix(peft.INSIDE).replace(peft.OF_BASE, "."))
 
 
 def _method_fields(layers: Mapping[str, Injected]) -> dict[str, Any]:
@@ -274,8 +277,8 @@ def _targets(room: type[LoRA], tensors: Mapping[str, Tensor], base: Base, direct
 
 def _places(
     model: nn.Module, base: Base, tensors: Mapping[str, Tensor], directory: str | Path
-) -> list[tuple[Tensor, Tensor]]:
-    """Each of an adapter's tensors with the one of the model that takes its value."""
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Each of an adapter's tensors, its name first, with the one of the model that takes its value."""
     own_names = {file: key for key, file in _file_names(base, dict(injected_modules(base.root))).items()}
     live = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
     missing = [file_name for file_name in own_names if file_name not in tensors]
@@ -294,5 +297,5 @@ def _places(
                 f"'{directory}': {file_name} has shape {tuple(tensor.shape)}, the model's {tuple(live[key].shape)}."
                 " Build the model that it was trained with (its size, its number of labels)."
             )
-        places.append((live[key], tensor))
+        places.append((file_name, live[key], tensor))
     return places

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -27,6 +27,8 @@ def explain(error: BaseException) -> str | None:
             return f"'{cause.full_key}' has no value: give {cause.full_key}=..."
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.parent_node is not None:
             return _unknown_key(cause)
+    if isinstance(error, OverrideParseException):
+        return f"'{error.override}' can't be read: {error}"
     if isinstance(error, (InstantiationException, InterpolationResolutionError)):
         # What a constructor or a resolver says is to the point; the words around it add nothing.
         return str(chain[-1] if isinstance(chain[-1], (ValueError, OSError)) else error)

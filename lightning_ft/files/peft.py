@@ -23,6 +23,7 @@ from lightning_ft.files.state import StateError
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 INSIDE, OUTSIDE = "base_model.model.", "lightning_module."
+OF_BASE = ".base_layer."  # in names of base weights, of which PEFT adds a copy if an embedding is a target
 
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",

@@ -21,7 +21,7 @@ class FullFineTuning(FineTuning):
         super().__init__(backbone=backbone)
 
     peft_type: ClassVar[str] = "PARTIAL"
-    default_lr: ClassVar[float] = 1e-4
+    default_lr: ClassVar[float] = 5e-5
 
     def inject(self, model: nn.Module) -> list[str]:
         """Unfreeze the base; see :meth:`FineTuning.inject`."""

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class ModelNotFoundError(OSError):
-    """There is no such pretrained model here, nor on the hub as far as it can be reached."""
+    """There is no such pretrained model here, nor on the hub as far as it can be reached, or it doesn't load."""
 
 
 def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
@@ -29,7 +29,9 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
             return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         if Path(name).is_dir():
-            raise
+            raise ModelNotFoundError(
+                f"The folder '{name}' can't be loaded by {auto_class.__name__}: {str(error).splitlines()[0]}"
+            ) from error
         offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
         why = "HF_HUB_OFFLINE is set, and it isn't in the cache" if offline else str(error).splitlines()[0]
         raise ModelNotFoundError(

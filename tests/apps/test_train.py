@@ -191,7 +191,7 @@ def bare(trained: Trained) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(LABELS))
 
 
-def tested() -> tuple[list[str], list[str]]:
+def rows_to_test() -> tuple[list[str], list[str]]:
     """The texts and labels of the test split."""
     texts, labels = zip(*reviews(SIZES["test"], seed=2), strict=True)
     return list(texts), list(labels)
@@ -210,7 +210,7 @@ def by_hand(trained: Trained, texts: list[str]) -> torch.Tensor:
 
 
 def test_the_scores_are_those_of_the_predictions(at_home: Trained) -> None:
-    texts, labels = tested()
+    texts, labels = rows_to_test()
     probabilities = by_hand(at_home, texts)
     predicted = [LABELS[i] for i in probabilities.argmax(1).tolist()]
     after, before = at_home.results["after"], at_home.results["before"]
@@ -222,7 +222,7 @@ def test_the_scores_are_those_of_the_predictions(at_home: Trained) -> None:
 
 
 def test_the_table_by_class_is_scikit_learns(at_home: Trained) -> None:
-    texts, labels = tested()
+    texts, labels = rows_to_test()
     predicted = [LABELS[i] for i in by_hand(at_home, texts).argmax(1).tolist()]
     with (at_home.folder / "metrics" / "test_per_class.csv").open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
@@ -249,7 +249,7 @@ def test_the_costs_are_plausible(trained: Trained) -> None:
     assert results["adapter_bytes"] == sum(os.path.getsize(file) for file in (trained.folder / "adapter").iterdir())
     assert results["adapter_bytes"] > 4 * results["trained"]  # fp32
     rates = trained.metrics("cost/samples_per_second")
-    assert 0 < sum(SIZES["train"] / rate for rate in rates) < results["seconds"]  # training alone, without validation
+    assert 0 < sum(SIZES["train"] / rate for rate in rates) < results["seconds"]
     peaks = [*trained.metrics("cost/peak_memory_mib"), results["peak_memory_mib"]]
     assert peaks[0] > 50
     assert peaks == sorted(peaks)

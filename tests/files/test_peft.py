@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_ft import FullFineTuning, HeadOnly, InjectionError, LoRA, load_adapter, save_adapter
 from lightning_ft.files.peft import CARD, CONFIG, WEIGHTS
 from lightning_ft.files.state import StateError
-from lightning_ft.injection import injected_modules
+from lightning_ft.injection import injected_modules, injected_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -155,6 +155,48 @@ def test_the_card_tells_how_to_load_it(tmp_path: Path) -> None:
     HeadOnly().inject(head)
     save_adapter(head, tmp_path / "head")
     assert "PeftModel." not in (tmp_path / "head" / CARD).read_text()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize(
+    ("build", "target"),
+    [(tiny.llama, "embed_tokens"), (lambda: tiny.gpt2(tie_word_embeddings=False), "lm_head")],
+)
+def test_base_weights_that_peft_adds_to_a_file_are_loaded_and_stay_frozen(
+    build: Callable[[], Any], target: str, tmp_path: Path
+) -> None:
+    """PEFT adds them where an embedding is adapted, in case its vocabulary was extended."""
+    config = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+    model = peft.get_peft_model(build(), config)
+    key = f"{target}.base_layer.weight"
+    with torch.no_grad():
+        model.base_model.model.get_parameter(key)[-1].add_(1)  # a new token's row
+    model.save_pretrained(tmp_path)
+    assert any(name.endswith(key) for name in load_file(tmp_path / WEIGHTS))
+    loaded = build()
+    load_adapter(loaded, tmp_path)
+    torch.testing.assert_close(outputs(loaded), outputs(model), atol=1e-5, rtol=1e-5)
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == injected_names(loaded)
+
+    save_adapter(shaken(loaded), tmp_path / "ours")
+    with torch.no_grad():
+        fresh = build()
+        fresh.get_parameter(f"{target}.weight")[-1].add_(1)
+    stock = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours")
+    torch.testing.assert_close(outputs(stock), outputs(loaded), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_a_tied_embedding_that_trains_whole_is_the_same_to_stock_peft(tmp_path: Path) -> None:
+    model = tiny.gpt2()
+    LoRA(r=2, target_modules=["c_attn"], modules_to_save=["wte"]).inject(model)
+    save_adapter(shaken(model), tmp_path)
+    stock = peft.PeftModel.from_pretrained(tiny.gpt2(), tmp_path)
+    torch.testing.assert_close(outputs(stock), outputs(model), atol=1e-5, rtol=1e-5)
+    fresh = tiny.gpt2()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(outputs(fresh), outputs(model))
+    assert fresh.lm_head.weight is fresh.transformer.wte.weight
 
 
 def test_an_adapter_in_half_precision_loads_in_fp32(tmp_path: Path) -> None:
