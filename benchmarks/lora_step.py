@@ -110,11 +110,12 @@ def main() -> None:
         }
         print(f"dropout={dropout}: {ratio:.2f} times as fast as PEFT (median of {rounds} pairs)")
 
+    capability = torch.backends.cpu.get_cpu_capability()
     report = {
         "workloads": workloads,
         "rounds": rounds,
         "versions": {m.__name__: m.__version__ for m in (lightning_ft, torch, transformers, peft)},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {capability}",
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(report, indent=2) + "\n")

@@ -246,7 +246,7 @@ class LoRA(FineTuning):
     """
 
     peft_type: ClassVar[str] = "LORA"
-    default_lr: ClassVar[float] = 5e-4
+    default_lr: ClassVar[float] = 1e-3
     layers: ClassVar[tuple[type[LoRALayer], ...]] = (LoRALinear, LoRAConv1D, LoRAEmbedding)
 
     def __init__(
