@@ -49,6 +49,7 @@ def targets(
     backbone: str | None = None,
     excluded: Sequence[str] = (),
 ) -> list[str]:
+    backbone = "body" if backbone is None and hasattr(model, "body") else backbone
     return resolve_targets(find_base(model, backbone), wanted, supported, excluded)
 
 
@@ -71,12 +72,11 @@ def kinds(names: Sequence[str]) -> set[str]:
         (lambda: make(BertInInit), "model.bert", "model.bert", ("",)),
         (lambda: make(BertInInit), ".", "", ("",)),
         (tiny.distilbert_classifier, None, "", ("distilbert",)),
-        (tiny.gpt2, None, "", ("transformer", "lm_head")),
-        (lambda: tiny.gpt2(tie_word_embeddings=False), None, "", ("transformer", "lm_head")),
+        (tiny.gpt2, None, "", ("",)),
+        (lambda: tiny.gpt2(tie_word_embeddings=False), None, "", ("",)),
         (tiny.t5, None, "", ("",)),
-        (lambda: Parts(body=mlp()), None, "body", ("",)),
-        (lambda: Parts(body=mlp(), act=nn.ReLU()), None, "body", ("",)),
-        (lambda: Parts(fc=nn.Linear(4, 4)), None, "", ("fc",)),
+        (lambda: Parts(body=mlp()), "body", "body", ("",)),
+        (lambda: Parts(fc=nn.Linear(4, 4)), "fc", "", ("fc",)),
         (lambda: Parts(enc=mlp(), head=nn.Linear(4, 2)), "enc", "enc", ("",)),
         (lambda: Parts(enc=mlp(), head=nn.Linear(4, 2)), "enc.2", "enc", ("2",)),
         (lambda: Parts(enc=mlp(), head=nn.Linear(4, 2)), ".", "", ("",)),
@@ -106,15 +106,16 @@ def test_the_base_is_found(
 )
 def test_what_is_new_trains_and_what_was_pretrained_does_not(build: Callable[[], nn.Module], head: set[str]) -> None:
     model = build()
-    freeze_base(model)
+    freeze_base(find_base(model))
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == head
 
 
 @pytest.mark.parametrize(
     ("build", "backbone", "says"),
     [
+        (lambda: Parts(net=mlp()), None, ["could be net.", 'backbone="net"']),  # whose last layer may be a new head
         (lambda: Parts(enc=mlp(), dec=mlp()), None, ["enc, dec", 'backbone="enc"', 'backbone="."']),
-        (lambda: Parts(a=tiny.bert(), b=tiny.gpt2(), c=mlp()), None, ["Parts", ": a, b.", 'backbone="a"']),
+        (lambda: Parts(a=tiny.bert(), b=tiny.gpt2(), c=mlp()), None, ["Parts", "could be a, b.", 'backbone="a"']),
         (lambda: Parts(encoder=mlp(), head=mlp()), "encodr", ["encodr", "Near names: encoder"]),
         (lambda: Parts(encoder=mlp(), head=mlp()), "xyz", ["xyz", "encoder, head"]),
         (lambda: Parts(act=nn.ReLU()), None, ["Parts", "nothing to fine-tune", "configure_model()"]),
