@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from lightning_ft.callbacks.checkpoint_io import METADATA, complete_checkpoint
@@ -22,6 +23,9 @@ from lightning_ft.injection import (
     find_base,
     freeze_base,
     injected_modules,
+    injected_names,
+    match_modules,
+    thaw,
 )
 from lightning_ft.methods.full import FullFineTuning
 from lightning_ft.methods.head import HeadOnly
@@ -47,7 +51,7 @@ def save_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
         The directory.
 
     Raises:
-        InjectionError: if nothing was fine-tuned.
+        InjectionError: if no parameter of it trains, or it carries several methods.
     """
     base = find_base(model, backbone)
     layers = dict(injected_modules(base.root))
@@ -89,17 +93,21 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
     base = find_base(model, backbone)
     present = {name for name, _ in injected_modules(model)}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modules = [f".{name}" for name, _ in base.root.named_modules()]  # PEFT names heads that a model may not have
+    saved = [name for name in config.get("modules_to_save") or () if any(m.endswith(f".{name}") for m in modules)]
     try:
         if kind == "PARTIAL":
-            freeze_base(model, backbone)
+            freeze_base(base, match_modules(base, saved))
         else:
             room = _ROOMS[kind]
-            room.from_peft(config, _targets(room, tensors, base, directory), backbone).inject(model)
+            room.from_peft(config, _targets(room, tensors, base, directory), saved, backbone).inject(model)
         places = _places(model, base, tensors, directory)
     except (StateError, InjectionError):
         for name, _ in list(injected_modules(model)):
             if name not in present:
                 detach(model, name)
+        if not present:
+            thaw(model)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         raise
@@ -108,6 +116,7 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
             place.copy_(tensor)
             if isinstance(place, nn.Parameter) and peft.OF_BASE not in file_name:
                 place.requires_grad_(True)
+    _warn_of_new_heads(base, {id(place) for _, place, _ in places}, directory)
 
 
 def merge(model: nn.Module) -> list[str]:
@@ -128,6 +137,7 @@ def merge(model: nn.Module) -> list[str]:
         for mixin in layer._mixins:
             mixin.fold(layer)
         detach(model, name)
+    thaw(model)  # what is saved from here on is the whole model
     return [name for name, _ in layers]
 
 
@@ -156,9 +166,12 @@ def load_from_checkpoint(
     # subclass that lives only that long injects in between.
     class Injecting(module_class):  # type: ignore[misc, valid-type]
         def configure_model(self) -> None:
-            _set_up(self)
+            problem = _set_up(self)
             super().configure_model()
-            callback._inject(self)
+            try:
+                callback._inject(self)
+            except InjectionError as error:
+                raise error from problem
 
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             base = find_base(self, callback.backbone)
@@ -171,13 +184,19 @@ def load_from_checkpoint(
     return cast(Module, module)
 
 
-def _set_up(module: LightningModule) -> None:
-    """Call setup(), where a module may build itself, as the Trainer would have before configure_model()."""
+def _set_up(module: LightningModule) -> RuntimeError | None:
+    """Call setup(), where a module may build itself, as the Trainer would have before configure_model().
+
+    Returns:
+        What it raised for want of a Trainer, which matters only if the model isn't there then.
+    """
     try:
         module.setup("predict")
     except RuntimeError as error:
         if "not attached to a `Trainer`" not in str(error):
             raise
+        return error
+    return None
 
 
 def _read_record(path: str | Path, weights_only: bool | None) -> dict[str, Any]:
@@ -257,6 +276,22 @@ def _without_ties(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         key: tensor for key, tensor in tensors.items() if seen.setdefault((tensor.data_ptr(), tensor.shape), key) == key
     }
+
+
+def _warn_of_new_heads(base: Base, loaded: set[int], directory: str | Path) -> None:
+    """A head that the folder doesn't hold is as random as it was made, and so are the predictions."""
+    added = injected_names(base.root)
+    of_base = {id(parameter) for part in base.parts() for parameter in part.parameters()}
+    left = [
+        name
+        for name, parameter in base.root.named_parameters()
+        if id(parameter) not in loaded | of_base and name not in added
+    ]
+    if left:
+        rank_zero_warn(
+            f"'{directory}' holds no values for the head ({', '.join(left[:3])}), which stays as the model was built."
+            " Save an adapter with its head: PEFT's modules_to_save, or task_type."
+        )
 
 
 def _targets(room: type[LoRA], tensors: Mapping[str, Tensor], base: Base, directory: str | Path) -> list[str]:

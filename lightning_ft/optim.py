@@ -99,11 +99,16 @@ def _depths(trunk: nn.Module) -> dict[int, int]:
         raise RateError(f"layer_decay needs a stack of layers (an nn.ModuleList), and {type(trunk).__name__} has none.")
     top = max(len(stack) for stack in stacks.values())
     depths: dict[int, int] = {}
-    passed = False  # modules are listed in the order of their making: embeddings, layers, pooler
+    passed: set[str] = set()  # modules are listed in the order of their making: embeddings, layers, pooler
     for name, module in trunk.named_modules():
         stack = next((s for s in stacks if name.startswith(f"{s}.")), None)
-        passed = passed or stack is not None
-        depth = int(name[len(stack) + 1 :].split(".")[0]) + 1 if stack is not None else top if passed else 0
+        if stack is not None:
+            passed |= {"", stack.rpartition(".")[0]}
+            depth = int(name[len(stack) + 1 :].split(".")[0]) + 1
+        else:
+            # after the layers of the encoder it's in (or the decoder), else of any
+            around = next((o for s in stacks if (o := s.rpartition(".")[0]) and name.startswith(f"{o}.")), "")
+            depth = top if around in passed and not isinstance(module, nn.Embedding) else 0
         for parameter in module.parameters(recurse=False):
             depths.setdefault(id(parameter), depth)
     return depths

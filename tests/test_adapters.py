@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
-from foreign import CLASSES, Classifier, make, trainer, vector_data
+from foreign import CLASSES, BertInInit, Classifier, make, trainer, vector_data
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lightning_ft
-from lightning_ft import LoRA, inject_lora
+from lightning_ft import InjectionError, LoRA, inject_lora
 from lightning_ft.callbacks.checkpoint_io import METADATA
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.files.state import StateError
@@ -209,3 +210,36 @@ def test_merging_what_carries_nothing_does_nothing() -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert lightning_ft.merge(model) == []
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_after_a_merge_the_whole_model_is_saved(tmp_path: Path) -> None:
+    module = make(BertInInit)
+    trainer(LoRA(r=2), max_epochs=2).fit(module)
+    lightning_ft.merge(module)
+    assert all(p.requires_grad for p in module.parameters()), "as before the injection"
+    lightning_ft.save_adapter(module, tmp_path / "whole")
+    fresh = make(BertInInit)
+    lightning_ft.load_adapter(fresh, tmp_path / "whole")
+    for key, value in module.state_dict().items():
+        assert torch.equal(fresh.state_dict()[key], value), key
+
+
+def test_a_folder_without_the_head_is_loaded_with_a_warning(tmp_path: Path) -> None:
+    module = make(BertInInit)
+    LoRA(r=2).inject(module)
+    folder = lightning_ft.save_adapter(module, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "lora" in k}, folder / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match=r"no values for the head \(classifier"):
+        lightning_ft.load_adapter(make(BertInInit), folder)
+
+
+def test_a_loaded_adapter_trains_on_with_the_same_callback(tmp_path: Path) -> None:
+    module = make(BertInInit)
+    LoRA(r=2, modules_to_save=["pooler"]).inject(module)
+    lightning_ft.save_adapter(module, tmp_path / "adapter")
+    fresh = make(BertInInit)
+    lightning_ft.load_adapter(fresh, tmp_path / "adapter")
+    trainer(LoRA(r=2, modules_to_save=["pooler"]), max_epochs=1).fit(fresh)
+    with pytest.raises(InjectionError, match="pooler"):
+        LoRA(r=2).inject(fresh)

@@ -41,5 +41,6 @@ def main(config: DictConfig) -> None:
         f"{folder} on {data.path}: accuracy {scores['test/accuracy']:.1%}, macro F1 {scores['test/f1']:.1%},"
         f" loss {scores['test/loss']:.3f}",
         markup=False,
+        soft_wrap=True,
     )
     report.console.print(report.per_class_table(*per_class.rows))

@@ -23,6 +23,11 @@ def save_config(folder: Path, config: DictConfig, labels: list[str]) -> None:
     """Write the composed config, interpolations kept, and the labels that the head was made for."""
     copy = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     OmegaConf.update(copy, "task.labels", labels, force_add=True)
+    for key in ("data.path", "model.name"):
+        given = OmegaConf.select(config, key)
+        group, _, name = key.partition(".")
+        if isinstance(given, str) and Path(given).exists() and not OmegaConf.is_interpolation(config[group], name):
+            OmegaConf.update(copy, key, str(Path(given).resolve()))  # the run can be come back to from anywhere
     (folder / CONFIG).write_text(OmegaConf.to_yaml(copy), encoding="utf-8")
 
 

@@ -66,7 +66,7 @@ def train(config: DictConfig) -> float:
     if best is None:
         log.info("No checkpoint was kept (validation never ran): the last weights are tested and saved.")
     after = trainer.test(module, data, ckpt_path=best, verbose=False)[0]
-    adapter = save_adapter(module, folder / runs.ADAPTER)
+    adapter = save_adapter(module, folder / runs.ADAPTER, method.backbone)
     log_folder(loggers, f"adapter-{folder.name}", adapter, "adapter")
 
     parameters, trained = count_parameters(module)

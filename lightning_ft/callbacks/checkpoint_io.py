@@ -8,7 +8,7 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO
 from torch import nn
 
-from lightning_ft.files.state import check_fingerprint, complete_state, frozen_keys, trained_state
+from lightning_ft.files.state import check_fingerprint, complete_state, frozen_keys, method_keys, trained_state
 from lightning_ft.injection import Base
 
 METADATA = "lightning_ft"
@@ -74,6 +74,6 @@ def complete_checkpoint(
     for record in checkpoint.get(METADATA, []):
         if record["method"] == present["method"]:
             check_fingerprint(record["base"], present["base"], source)
-    frozen = frozen_keys(model, base)
-    filled = {key: complete_state(checkpoint[key], model, frozen, source) for key in _STATES if key in checkpoint}
+    frozen, ours = frozen_keys(model, base), method_keys(model, base)
+    filled = {key: complete_state(checkpoint[key], model, frozen, ours, source) for key in _STATES if key in checkpoint}
     return {**checkpoint, **filled}

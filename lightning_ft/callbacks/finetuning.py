@@ -54,6 +54,7 @@ class FineTuning(Callback, ABC):
         self.backbone = backbone
         self._fingerprint: dict[str, str] | None = None
         self._modes: list[tuple[nn.Module, bool]] = []  # of the modules whose mode was changed, as they were
+        self._held: list[tuple[nn.Module, bool]] = []
 
     peft_type: ClassVar[str]
     """The method's name in files."""
@@ -80,7 +81,7 @@ class FineTuning(Callback, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject now, or right after the module has built itself."""
         hook = _last_builder(pl_module)
-        _check_neighbours(self, trainer, hook)
+        self._precede_averaging(trainer, pl_module, hook)
         self._wrap_checkpoint_io(trainer)
         if hook is None:
             self._inject(pl_module)
@@ -92,20 +93,26 @@ class FineTuning(Callback, ABC):
         _cover(pl_module, find_base(pl_module, self.backbone), trainer.optimizers)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the modes of what is frozen and of what was injected.
+        """Find the modules whose modes matter: frozen BatchNorms evaluate, injected dropouts drop.
 
         Lightning's ``fit`` doesn't call ``.train()``, and ``requires_grad=False`` doesn't stop a BatchNorm's
         running statistics. Everything else keeps the mode that the user gave it.
         """
-        for _, module in frozen_modules(find_base(pl_module, self.backbone)):
-            if isinstance(module, _NormBase):
-                self._set_mode(module, training=False)
-        for _, injected in injected_modules(pl_module):
-            self._set_mode(cast(nn.Module, injected), training=True)
+        frozen = (module for _, module in frozen_modules(find_base(pl_module, self.backbone)))
+        norms = [(module, False) for module in frozen if isinstance(module, _NormBase)]
+        self._held = [*norms, *((cast(nn.Module, layer), True) for _, layer in injected_modules(pl_module))]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Hold those modes, even where the module's own hooks call ``.train()``."""
+        for module, training in self._held:
+            if module.training != training:
+                self._modes.append((module, module.training))
+                module.training = training
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its hooks and modes back."""
         _restore_hooks(pl_module)
+        self._held = []
         while self._modes:
             module, training = self._modes.pop()
             module.training = training
@@ -113,11 +120,6 @@ class FineTuning(Callback, ABC):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the module its hooks and modes back."""
         self.teardown(trainer, pl_module, "")
-
-    def _set_mode(self, module: nn.Module, training: bool) -> None:
-        if module.training != training:
-            self._modes.append((module, module.training))
-            module.training = training
 
     # ------------------------------------------------------------------ for checkpoints
 
@@ -131,6 +133,24 @@ class FineTuning(Callback, ABC):
         if self._fingerprint is None:  # not again for each of fit, validate, test
             rank_zero_info(f"{type(self).__name__}: {describe(model, names)}")
         self._fingerprint = fingerprint(find_base(model, self.backbone))
+
+    def _precede_averaging(self, trainer: Trainer, pl_module: LightningModule, hook: str | None) -> None:
+        """WeightAveraging copies the module in its own setup: it must find the module injected."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        averaging = [c for c in callbacks if any(k.__name__ == "WeightAveraging" for k in type(c).__mro__)]
+        names = ", ".join(type(neighbour).__name__ for neighbour in averaging)
+        if any(callbacks.index(neighbour) < callbacks.index(self) for neighbour in averaging):
+            raise InjectionError(
+                f"{names} must come after {type(self).__name__} in Trainer(callbacks=[...]): it copies the module."
+            )
+        if averaging and hook is not None:
+            try:
+                self._inject(pl_module)
+            except InjectionError as error:
+                raise InjectionError(
+                    f"{names} copies the module before its {hook}() builds it, so that the average would"
+                    f" miss what {type(self).__name__} trains. Build the model in __init__, or leave it out."
+                ) from error
 
     def _wrap_checkpoint_io(self, trainer: Trainer) -> None:
         io: CheckpointIO | None = trainer.strategy.checkpoint_io
@@ -194,26 +214,8 @@ def _restore_hooks(module: LightningModule) -> None:
                 setattr(module, hook, replaced)
 
 
-def _check_neighbours(callback: FineTuning, trainer: Trainer, hook: str | None) -> None:
-    """WeightAveraging copies the module in its own setup: it must find the module injected."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for neighbour in callbacks:
-        if not any(c.__name__ == "WeightAveraging" for c in type(neighbour).__mro__):
-            continue
-        name, averaging = type(callback).__name__, type(neighbour).__name__
-        if hook is not None:
-            raise InjectionError(
-                f"{averaging} copies the module before its {hook}() builds it, so that the average would miss"
-                f" what {name} trains. Build the model in __init__, or leave {averaging} out."
-            )
-        if callbacks.index(neighbour) < callbacks.index(callback):
-            raise InjectionError(
-                f"{averaging} must come after {name} in Trainer(callbacks=[...]): it copies the module."
-            )
-
-
 def _cover(module: nn.Module, base: Base, optimizers: Sequence[Optimizer]) -> None:
-    """Put every trained parameter of the base into an optimizer, and take the frozen ones out.
+    """Put every trained parameter of the base into an optimizer, and take its frozen ones out.
 
     In place: schedulers hold the groups, and ``add_param_group`` after LambdaLR raises since torch 2.13.
     """
@@ -224,7 +226,7 @@ def _cover(module: nn.Module, base: Base, optimizers: Sequence[Optimizer]) -> No
     if missing:
         _group_for(missing, set(of_base), optimizers, module)["params"].extend(missing)
     for group in groups:
-        group["params"][:] = [p for p in group["params"] if p.requires_grad]
+        group["params"][:] = [p for p in group["params"] if p.requires_grad or id(p) not in of_base]
 
 
 def _group_for(

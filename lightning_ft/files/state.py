@@ -57,19 +57,28 @@ def frozen_keys(model: nn.Module, base: Base) -> set[str]:
     return {key for key in model.state_dict() if is_frozen(key)}
 
 
+def method_keys(model: nn.Module, base: Base) -> set[str]:
+    """The keys of what a method trains in the pretrained model: what it added, what isn't frozen, the head."""
+    trained = {id(p) for p in base.root.parameters() if p.requires_grad}
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in trained}
+
+
 def trained_state(state: Mapping[str, Any], frozen: set[str]) -> dict[str, Any]:
     """``state`` without the frozen keys."""
     return {key: value for key, value in state.items() if key not in frozen}
 
 
-def complete_state(state: Mapping[str, Any], model: nn.Module, frozen: set[str], source: str) -> dict[str, Any]:
+def complete_state(
+    state: Mapping[str, Any], model: nn.Module, frozen: set[str], ours: set[str], source: str
+) -> dict[str, Any]:
     """``state`` with the frozen keys filled in from ``model``, so that strict loading means what it says.
 
     Raises:
-        StateError: if something that trains has no value in ``state``.
+        StateError: if one of the keys ``ours``, which a method trains, has no value in ``state``.
     """
     live = model.state_dict()
-    missing = [key for key in live if key not in state and key not in frozen]
+    # The rest is for strict loading to tell, after the module's own on_load_checkpoint.
+    missing = [key for key in ours if key not in state]
     if missing:
         raise StateError(
             f"{source} has no value for {len(missing)} trained tensors, {', '.join(missing[:3])} among them."

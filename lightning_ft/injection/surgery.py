@@ -16,7 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.injection.targets import Base, InjectionError, find_base, match_modules, parent_of
+from lightning_ft.injection.targets import Base, InjectionError, parent_of
+
+_FROZEN = "_frozen_by_lightning_ft"
 
 
 class Injected:
@@ -110,7 +112,7 @@ def attach(model: nn.Module, name: str, mixin: type[Injected], settings: Any, te
                 f" {settings}. Use the same settings, or merge or remove what is there first."
             )
         return
-    _refuse_dead_forward(model, name, module)
+    check_attachable(model, name)
 
     device = next((p.device for p in module.parameters(recurse=False)), torch.device("cpu"))
     mixins: Any = getattr(module, "_mixins", ())
@@ -151,26 +153,45 @@ def injected_names(model: nn.Module) -> set[str]:
     }
 
 
-def freeze_base(
-    model: nn.Module, backbone: str | None = None, modules_to_save: Sequence[str] | None = None
-) -> tuple[Base, list[str]]:
-    """Stop training the pretrained base of ``model``, save what methods added and ``modules_to_save``.
+def freeze_base(base: Base, saved: Sequence[str] = ()) -> None:
+    """Stop training the pretrained base, save what methods added and the modules ``saved`` of its root.
 
-    Returns:
-        The base, and the paths in its root of the parts that train whole.
+    What was frozen is remembered on the root, so that :func:`thaw` can give it back. Doing it twice is doing
+    it once.
 
     Raises:
-        InjectionError: if the base isn't clear, or an entry of ``modules_to_save`` names nothing.
+        InjectionError: if it was frozen before with other ``saved``, which would then stop training unsaid.
     """
-    base = find_base(model, backbone)
-    saved = match_modules(base, modules_to_save or (), "modules_to_save")
-    for part in base.parts():
-        added = injected_names(part)
-        for name, parameter in part.named_parameters():
-            if name not in added:
+    of_base = [name for name, _ in base.named_modules() if name in saved]
+    record = vars(base.root).setdefault(_FROZEN, {"parameters": [], "saved": of_base})
+    if record["saved"] != of_base:
+        raise InjectionError(
+            f"modules_to_save names {', '.join(of_base) or 'nothing'} of the base, and it was fine-tuned before with"
+            f" {', '.join(record['saved']) or 'nothing'} in it. Use the same, or merge first."
+        )
+    added = injected_names(base.root)
+    for part in base.frozen:
+        for name, parameter in base.root.get_submodule(part).named_parameters(prefix=part):
+            if parameter.requires_grad and name not in added:
                 parameter.requires_grad_(False)
+                record["parameters"].append(name)
     unfreeze(base.root.get_submodule(name) for name in saved)
-    return base, saved
+
+
+def thaw(model: nn.Module) -> None:
+    """Train again what :func:`freeze_base` had frozen in ``model``, and forget that it had."""
+    for root in list(model.modules()):
+        for name in vars(root).pop(_FROZEN, {"parameters": []})["parameters"]:
+            root.get_parameter(name).requires_grad_(True)
+
+
+def refuse_injected(base: Base, method: str) -> None:
+    """Raise InjectionError if the base carries something that ``method`` adds nothing to and doesn't train."""
+    carried = sorted({mixin.method for _, layer in injected_modules(base.root) for mixin in layer._mixins})
+    if carried:
+        raise InjectionError(
+            f"The model carries {', '.join(carried)}, which {method} would go on training. Merge it first."
+        )
 
 
 def unfreeze(modules: Iterable[nn.Module]) -> None:
@@ -181,8 +202,14 @@ def unfreeze(modules: Iterable[nn.Module]) -> None:
                 parameter.requires_grad_(True)
 
 
-def _refuse_dead_forward(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent = parent_of(model, name)
+def check_attachable(model: nn.Module, name: str) -> None:
+    """Raise InjectionError if what is attached to ``model.get_submodule(name)`` would never run, or go astray."""
+    module, parent = model.get_submodule(name), parent_of(model, name)
+    if any(type(parameter).__name__ == "DTensor" for parameter in module.parameters(recurse=False)):
+        raise InjectionError(
+            f"'{name}' is sharded already (DTensor): what is injected now would differ between the ranks. Inject in"
+            " configure_model(), before fully_shard: LoRA(...).inject(self)."
+        )
     if isinstance(parent, nn.MultiheadAttention):
         raise InjectionError(
             f"'{name}' can't be adapted: nn.MultiheadAttention reads its weight and never calls its forward."

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -54,15 +55,14 @@ def find_base(model: nn.Module, backbone: str | None = None) -> Base:
 
     If ``model`` is or holds exactly one Hugging Face ``PreTrainedModel``, its trunk (``.base_model``) and a
     pretrained output head are the base; a newly initialised head (``classifier``, ``score``, …) and
-    everything outside are the user's. A module whose parameters all lie in one child has that child as
-    base. Otherwise ``backbone`` names it.
+    everything outside are the user's. Otherwise ``backbone`` names it.
 
     Args:
         model: any module; typically a LightningModule.
         backbone: path of the base in ``model``; ``"."`` means all of it.
 
     Raises:
-        InjectionError: if ``backbone`` names nothing, or if several modules could be the base.
+        InjectionError: if ``backbone`` names nothing, or is needed.
     """
     if backbone is not None:
         path = "" if backbone == "." else backbone
@@ -81,17 +81,14 @@ def find_base(model: nn.Module, backbone: str | None = None) -> Base:
     candidates = [name for name, _ in pretrained] or [
         name for name, child in model.named_children() if any(True for _ in child.parameters())
     ]
-    if len(candidates) == 1 and not pretrained and not list(model.parameters(recurse=False)):
-        return _base_at(model, candidates[0])
     if not candidates:
         raise InjectionError(
             f"{type(model).__name__} holds no module with parameters: there is nothing to fine-tune. If it is"
             " built in a hook of its own, build it in __init__, setup() or configure_model()."
         )
     raise InjectionError(
-        f"{type(model).__name__} has several modules that could be the pretrained base: "
-        + ", ".join(candidates)
-        + f'. Name it: backbone="{candidates[0]}" (or backbone="." for all of it).'
+        f"Which part of {type(model).__name__} is the pretrained base isn't clear; it could be"
+        f' {", ".join(candidates)}. Name it: backbone="{candidates[0]}" (or backbone="." for all of it).'
     )
 
 
@@ -148,10 +145,14 @@ def resolve_targets(
     return found
 
 
-def match_modules(base: Base, patterns: Sequence[str], argument: str) -> list[str]:
-    """The modules of ``base.root`` that end with one of ``patterns`` (for ``modules_to_save``)."""
+def match_modules(base: Base, modules_to_save: Sequence[str] | None) -> list[str]:
+    """The modules of the root that ``modules_to_save`` names, by path or end of a path.
+
+    Raises:
+        InjectionError: if an entry names nothing.
+    """
     names = {name: module for name, module in base.root.named_modules() if name}
-    return _match_suffixes(patterns, names, argument)
+    return _match_suffixes(modules_to_save or (), names, "modules_to_save")
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -166,52 +167,21 @@ def parent_of(model: nn.Module, name: str) -> nn.Module:
 
 # What the LoRA paper (arXiv:2106.09685, section 4.2) adapts, in each architecture's own names: the query and
 # value projections, or the fused projection where there is one.
-_QUERY_VALUE = {
+_QUERY_VALUE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        [
-            "bert",
-            "roberta",
-            "xlm-roberta",
-            "electra",
-            "camembert",
-            "layoutlm",
-            "vit",
-            "deit",
-            "beit",
-            "data2vec-text",
-        ],
-        ("query", "value"),
+        "bert roberta xlm-roberta electra camembert layoutlm data2vec-text vit deit beit".split(),
+        ("query", "value", "q_proj", "v_proj"),
     ),
-    **dict.fromkeys(["deberta", "deberta-v2"], ("query_proj", "value_proj")),
-    "distilbert": ("q_lin", "v_lin"),
-    **dict.fromkeys(["t5", "mt5", "umt5"], ("q", "v")),
+    **dict.fromkeys("deberta deberta-v2".split(), ("query_proj", "value_proj")),
+    **dict.fromkeys("t5 mt5 umt5".split(), ("q", "v")),
     **dict.fromkeys(
-        [
-            "llama",
-            "mistral",
-            "mixtral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "phi",
-            "opt",
-            "bart",
-            "mbart",
-            "whisper",
-            "wav2vec2",
-            "clip",
-            "smollm3",
-            "olmo",
-            "olmo2",
-            "granite",
-            "cohere",
-        ],
+        "llama mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text phi opt bart mbart whisper wav2vec2 clip smollm3"
+        " olmo olmo2 granite cohere".split(),
         ("q_proj", "v_proj"),
     ),
+    **dict.fromkeys("gpt_neox bloom falcon".split(), ("query_key_value",)),
+    "distilbert": ("q_lin", "v_lin"),
     "gpt2": ("c_attn",),
-    **dict.fromkeys(["gpt_neox", "bloom", "falcon"], ("query_key_value",)),
     "phi3": ("qkv_proj",),
     "modernbert": ("Wqkv",),
 }
@@ -220,9 +190,10 @@ _QUERY_VALUE = {
 def _default_targets(
     base: Base, names: dict[str, nn.Module], supported: Callable[[nn.Module], bool]
 ) -> str | list[str]:
-    model_type = getattr(getattr(base.root, "config", None), "model_type", None)
-    if model_type in _QUERY_VALUE:
-        return [s for s in _QUERY_VALUE[model_type] if any(_ends_with(name, s) for name in names)]
+    model_type: Any = getattr(getattr(base.root, "config", None), "model_type", None)
+    usual = [s for s in _QUERY_VALUE.get(model_type, ()) if any(_ends_with(name, s) for name in names)]
+    if usual:
+        return usual
     linear = _all_linear(base, names, supported)
     return "attention" if any(_inside_attention(base.root, name) for name in linear) else "all-linear"
 
@@ -277,6 +248,8 @@ def _near(wanted: str, names: Iterable[str]) -> str:
     """A hint: the module names (their last parts, and the full paths) that are most like ``wanted``."""
     ends = list(dict.fromkeys(end for name in names if not (end := name.rpartition(".")[2]).isdigit()))
     wanted_end = re.split(r"[^\w]+", wanted.strip("[]'\"()$*."))[-1]
+    if not ends:
+        return "There are no modules in it."
     near = difflib.get_close_matches(wanted_end, ends, n=5, cutoff=0.5)
     if near:
         return f"Near names: {', '.join(near)}."
@@ -307,16 +280,24 @@ def _output_embeddings(root: nn.Module) -> nn.Module | None:
 def _base_at(model: nn.Module, name: str) -> Base:
     """The base that the module at ``name`` is, or that the Hugging Face model there has."""
     root = model.get_submodule(name)
-    trunk = getattr(root, "base_model", root) if _is_pretrained_model(root) else root
     if name and not any(True for _ in root.children()):  # a single layer: named from the module that holds it
         outer, _, own = name.rpartition(".")
         return Base(model.get_submodule(outer), outer, (own,))
-    if trunk is root:
+    heads = _new_heads(root) if _is_pretrained_model(root) else set()
+    if not heads:
         return Base(root, name, ("",))
-    output = _output_embeddings(root)
-    frozen = [
-        child_name
-        for child_name, child in root.named_children()
-        if child is trunk or (output is not None and any(module is output for module in child.modules()))
-    ]
-    return Base(root, name, tuple(frozen))
+    return Base(root, name, tuple(child for child, _ in root.named_children() if child not in heads))
+
+
+# What Hugging Face calls heads where they stand beside the parts of the trunk, not around it.
+_HEAD_NAMES = {"classifier", "classification_head", "qa_outputs", "score", "head"}
+
+
+def _new_heads(root: nn.Module) -> set[str]:
+    """The children of a Hugging Face model that a task adds, and that no pretraining knows."""
+    if _output_embeddings(root) is not None:  # a language model, pretrained with its head
+        return set()
+    trunk = getattr(root, "base_model", root)
+    if trunk is not root:
+        return {name for name, child in root.named_children() if child is not trunk}
+    return {name for name, _ in root.named_children() if "For" in type(root).__name__ and name in _HEAD_NAMES}

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_ft.callbacks.finetuning import FineTuning
-from lightning_ft.injection import find_base, unfreeze
+from lightning_ft.injection import find_base, refuse_injected, thaw, unfreeze
 
 
 class FullFineTuning(FineTuning):
@@ -25,5 +25,8 @@ class FullFineTuning(FineTuning):
 
     def inject(self, model: nn.Module) -> list[str]:
         """Unfreeze the base; see :meth:`FineTuning.inject`."""
-        unfreeze(find_base(model, self.backbone).parts())
+        base = find_base(model, self.backbone)
+        refuse_injected(base, "FullFineTuning")
+        thaw(base.root)
+        unfreeze(base.parts())
         return []

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_ft.callbacks.finetuning import FineTuning
-from lightning_ft.injection import InjectionError, freeze_base
+from lightning_ft.injection import InjectionError, find_base, freeze_base, match_modules, refuse_injected
 
 
 class HeadOnly(FineTuning):
@@ -26,7 +26,9 @@ class HeadOnly(FineTuning):
 
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base; see :meth:`FineTuning.inject`."""
-        freeze_base(model, self.backbone, self.modules_to_save)
+        base = find_base(model, self.backbone)
+        refuse_injected(base, "HeadOnly")
+        freeze_base(base, match_modules(base, self.modules_to_save))
         if not any(p.requires_grad for p in model.parameters()):
             raise InjectionError(
                 f"HeadOnly leaves nothing of {type(model).__name__} to train: all of its parameters are in the"

@@ -25,8 +25,11 @@ from lightning_ft.injection import (
     Injected,
     InjectionError,
     attach,
+    check_attachable,
+    find_base,
     freeze_base,
     is_conv1d,
+    match_modules,
     resolve_targets,
 )
 
@@ -65,11 +68,11 @@ class LoRALayer(Injected):
     weight: Tensor
     training: bool
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The module's own output plus the low-rank one; shapes are the module's."""
-        out = super().forward(x)  # type: ignore[misc]
+        out = super().forward(input)  # type: ignore[misc]
         # The adapter computes in its own precision, fp32 unless autocast says otherwise.
-        return out + (self.lora.scaling * self.low_rank(x)).to(out.dtype)
+        return out + (self.lora.scaling * self.low_rank(input)).to(out.dtype)
 
     def low_rank(self, x: Tensor) -> Tensor:
         """``B A dropout(x)``: (..., in) to (..., out)."""
@@ -148,7 +151,8 @@ def layer_for(module: nn.Module) -> type[LoRALayer] | None:
     if isinstance(module, nn.Linear):
         return LoRALinear
     if isinstance(module, nn.Embedding):
-        return LoRAEmbedding
+        # One with a forward of its own (a scaled one) does more than look rows up.
+        return LoRAEmbedding if type(module).forward in (nn.Embedding.forward, LoRALayer.forward) else None
     return LoRAConv1D if is_conv1d(module) else None
 
 
@@ -173,7 +177,8 @@ def inject_lora(
         Paths of the adapted modules in ``model``.
     """
     settings = _checked(r, alpha, dropout, init_lora_weights)
-    base, saved = freeze_base(model, backbone, modules_to_save)
+    base = find_base(model, backbone)
+    saved = match_modules(base, modules_to_save)
     names = resolve_targets(base, target_modules, lambda m: layer_for(m) is not None, excluded=saved)
     present = [name for name, module in base.named_modules() if isinstance(module, LoRALayer)]
     if present and set(present) != set(names):
@@ -182,6 +187,9 @@ def inject_lora(
             f" target_modules={target_modules!r} names {len(names)} others. Merge or remove it first."
         )
     _refuse_tied(base.root, names)
+    for name in names:
+        check_attachable(base.root, name)
+    freeze_base(base, saved)  # from here on nothing is refused, and the model changes
     for name in names:
         module = base.root.get_submodule(name)
         layer = layer_for(module)
@@ -296,7 +304,9 @@ class LoRA(FineTuning):
         }
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], targets: Sequence[str], backbone: str | None) -> LoRA:
+    def from_peft(
+        cls, config: Mapping[str, Any], targets: Sequence[str], modules_to_save: Sequence[str], backbone: str | None
+    ) -> LoRA:
         """The method that PEFT's ``config`` describes, on the modules that its tensors belong to.
 
         Raises:
@@ -321,5 +331,6 @@ class LoRA(FineTuning):
             config.get("lora_alpha", 8),
             config.get("lora_dropout", 0.0),
             f"(?:{'|'.join(map(re.escape, targets))})",  # these paths, and none that ends like one of them
+            modules_to_save=modules_to_save,
             backbone=backbone,
         )

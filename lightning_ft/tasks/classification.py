@@ -39,9 +39,6 @@ class Classification(nn.Module):
         ValueError: if there are fewer than two labels, or the weights don't fit them.
     """
 
-    monitor = "val/f1"
-    """The metric that says which checkpoint is best."""
-
     def __init__(
         self,
         labels: Sequence[str],

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign import CLASSES, BertInInit, Classifier, TrunkInSetup, make, trainer, vector_data
+from foreign import CLASSES, CNN, BertInInit, Classifier, TrunkInSetup, make, trainer, vector_data
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.tuner import Tuner
@@ -502,3 +502,96 @@ def test_the_method_is_injected_once_over_all_stages(kind: type[Classifier]) -> 
         stage(module)
         assert [layer for _, layer in injected_modules(module)] == layers
         assert [id(p) for p in module.parameters()] == parameters
+
+
+# ------------------------------------------------------------------ what the user's module does besides
+
+
+class Unfreezes(Classifier):
+    """Freezes a part of its own, and trains it from the second epoch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head, self.extra = nn.Linear(8, 8), nn.Linear(8, CLASSES), nn.Linear(8, CLASSES)
+        self.extra.requires_grad_(False)
+
+    data = staticmethod(lambda: vector_data(8))
+
+    def outputs(self, x: Tensor) -> Tensor:
+        hidden = self.encoder(x)
+        return self.head(hidden) + self.extra(hidden)
+
+    def on_train_epoch_start(self) -> None:
+        self.extra.requires_grad_(self.current_epoch > 0)
+
+
+def test_what_the_user_freezes_and_unfreezes_stays_in_the_optimizer() -> None:
+    module = make(Unfreezes)
+    before = module.extra.weight.clone()
+    trainer(LoRA(r=2, backbone="encoder", target_modules=["encoder"]), max_epochs=2).fit(module)
+    assert not torch.equal(module.extra.weight, before)
+
+
+class WithTeacher(Unfreezes):
+    """Leaves its frozen teacher out of checkpoints, and puts it back itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Linear(8, CLASSES).requires_grad_(False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for key in [key for key in checkpoint["state_dict"] if key.startswith("teacher.")]:
+            del checkpoint["state_dict"][key]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"].update({f"teacher.{k}": v for k, v in self.teacher.state_dict().items()})
+
+
+def test_a_module_may_fill_in_what_it_left_out_of_the_checkpoint(tmp_path: Path) -> None:
+    method = {"r": 2, "backbone": "encoder", "target_modules": ["encoder"]}
+    run = trainer(LoRA(**method), max_epochs=1)
+    run.fit(make(WithTeacher))
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    trainer(LoRA(**method), max_epochs=2).fit(make(WithTeacher), ckpt_path=tmp_path / "x.ckpt")
+
+
+class SetsModes(CNN):
+    """Calls train() in a hook that runs after the callbacks'."""
+
+    def on_train_epoch_start(self) -> None:
+        self.train()
+
+
+def test_a_frozen_batchnorm_stays_put_though_the_module_calls_train() -> None:
+    module = make(SetsModes)
+    before = {key: value.clone() for key, value in module.body.state_dict().items() if "running" in key}
+    trainer(LoRA(r=2, backbone="body", target_modules="all-linear"), max_epochs=2).fit(module)
+    assert before
+    assert all(torch.equal(module.body.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("method", [HeadOnly(), FullFineTuning()])
+def test_another_method_over_an_injected_one_is_an_error(method: FineTuning) -> None:
+    module = make(BertInInit)
+    LoRA(r=2).inject(module)
+    with pytest.raises(InjectionError, match=r"carries LORA.*Merge it first"):
+        method.inject(module)
+    lightning_ft.merge(module)
+    method.inject(module)
+
+
+def test_a_refused_injection_changes_nothing() -> None:
+    module = make(BertInInit)
+    for wrong in ({"target_modules": ["qery"]}, {"target_modules": ["query", "LayerNorm"]}, {"modules_to_save": ["x"]}):
+        with pytest.raises(InjectionError):
+            LoRA(r=2, **wrong).inject(module)
+        assert all(p.requires_grad for p in module.parameters())
+        assert not injected_names(module)
+
+
+def test_what_was_trained_whole_is_not_frozen_unsaid_by_a_second_fit() -> None:
+    module = make(BertInInit)
+    LoRA(r=2, modules_to_save=["pooler"]).inject(module)
+    with pytest.raises(InjectionError, match="pooler"):
+        LoRA(r=2).inject(module)
+    assert module.model.bert.pooler.dense.weight.requires_grad

@@ -19,9 +19,12 @@ from lightning_ft.injection import (
     InjectionError,
     attach,
     detach,
+    find_base,
     freeze_base,
     injected_modules,
     injected_names,
+    match_modules,
+    thaw,
     unfreeze,
 )
 
@@ -357,8 +360,10 @@ def test_freezing_leaves_the_head_what_was_added_and_what_is_to_be_saved() -> No
     model = tiny.bert_classifier()
     put_on = "bert.encoder.layer.0.attention.self.query"
     attach(model, put_on, Shift, 1, {"offset": torch.zeros(16)})
-    base, saved = freeze_base(model, modules_to_save=["pooler", "layer.1.output"])
-    assert base.root is model
+    base = find_base(model)
+    before = training(model)
+    saved = match_modules(base, ["pooler", "layer.1.output"])
+    freeze_base(base, saved)
     assert saved == ["bert.encoder.layer.1.output", "bert.pooler"]
     assert training(model) == {
         f"{put_on}.offset",
@@ -367,10 +372,17 @@ def test_freezing_leaves_the_head_what_was_added_and_what_is_to_be_saved() -> No
         *(f"bert.encoder.layer.1.output.{n}" for n, _ in model.bert.encoder.layer[1].output.named_parameters()),
     }
     again = training(model)
-    freeze_base(model, modules_to_save=["pooler", "layer.1.output"])
+    freeze_base(base, saved)
     assert training(model) == again
     with pytest.raises(InjectionError, match=r"modules_to_save: .poler. matches no module.*pooler"):
-        freeze_base(model, modules_to_save=["poler"])
+        match_modules(base, ["poler"])
+    with pytest.raises(InjectionError, match=r"names nothing of the base, and it was fine-tuned before with .*pooler"):
+        freeze_base(base)
+    assert training(model) == again
+    thaw(model)
+    assert training(model) == before
+    freeze_base(base)
+    assert not any("pooler" in name for name in training(model))
 
 
 def test_integer_parameters_stay_as_they_are() -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import tiny
+import transformers
 from foreign import BertInInit, TrunkInSetup, make
 from torch import Tensor, nn
 
-from lightning_ft.injection import InjectionError, find_base, freeze_base, is_conv1d, resolve_targets
+from lightning_ft import LoRA
+from lightning_ft.injection import InjectionError, find_base, freeze_base, injected_names, is_conv1d, resolve_targets
 
 
 def mlp() -> nn.Sequential:
@@ -49,6 +51,7 @@ def targets(
     backbone: str | None = None,
     excluded: Sequence[str] = (),
 ) -> list[str]:
+    backbone = "body" if backbone is None and hasattr(model, "body") else backbone
     return resolve_targets(find_base(model, backbone), wanted, supported, excluded)
 
 
@@ -71,12 +74,11 @@ def kinds(names: Sequence[str]) -> set[str]:
         (lambda: make(BertInInit), "model.bert", "model.bert", ("",)),
         (lambda: make(BertInInit), ".", "", ("",)),
         (tiny.distilbert_classifier, None, "", ("distilbert",)),
-        (tiny.gpt2, None, "", ("transformer", "lm_head")),
-        (lambda: tiny.gpt2(tie_word_embeddings=False), None, "", ("transformer", "lm_head")),
+        (tiny.gpt2, None, "", ("",)),
+        (lambda: tiny.gpt2(tie_word_embeddings=False), None, "", ("",)),
         (tiny.t5, None, "", ("",)),
-        (lambda: Parts(body=mlp()), None, "body", ("",)),
-        (lambda: Parts(body=mlp(), act=nn.ReLU()), None, "body", ("",)),
-        (lambda: Parts(fc=nn.Linear(4, 4)), None, "", ("fc",)),
+        (lambda: Parts(body=mlp()), "body", "body", ("",)),
+        (lambda: Parts(fc=nn.Linear(4, 4)), "fc", "", ("fc",)),
         (lambda: Parts(enc=mlp(), head=nn.Linear(4, 2)), "enc", "enc", ("",)),
         (lambda: Parts(enc=mlp(), head=nn.Linear(4, 2)), "enc.2", "enc", ("2",)),
         (lambda: Parts(enc=mlp(), head=nn.Linear(4, 2)), ".", "", ("",)),
@@ -106,15 +108,16 @@ def test_the_base_is_found(
 )
 def test_what_is_new_trains_and_what_was_pretrained_does_not(build: Callable[[], nn.Module], head: set[str]) -> None:
     model = build()
-    freeze_base(model)
+    freeze_base(find_base(model))
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == head
 
 
 @pytest.mark.parametrize(
     ("build", "backbone", "says"),
     [
+        (lambda: Parts(net=mlp()), None, ["could be net.", 'backbone="net"']),  # whose last layer may be a new head
         (lambda: Parts(enc=mlp(), dec=mlp()), None, ["enc, dec", 'backbone="enc"', 'backbone="."']),
-        (lambda: Parts(a=tiny.bert(), b=tiny.gpt2(), c=mlp()), None, ["Parts", ": a, b.", 'backbone="a"']),
+        (lambda: Parts(a=tiny.bert(), b=tiny.gpt2(), c=mlp()), None, ["Parts", "could be a, b.", 'backbone="a"']),
         (lambda: Parts(encoder=mlp(), head=mlp()), "encodr", ["encodr", "Near names: encoder"]),
         (lambda: Parts(encoder=mlp(), head=mlp()), "xyz", ["xyz", "encoder, head"]),
         (lambda: Parts(act=nn.ReLU()), None, ["Parts", "nothing to fine-tune", "configure_model()"]),
@@ -267,3 +270,32 @@ def test_what_trains_whole_is_no_target() -> None:
     # a path that only begins like the excluded one
     body = Parts(body=Parts(fc=nn.Linear(4, 4), fc2=nn.Linear(4, 4)))
     assert targets(body, "all-linear", excluded=["fc"]) == ["fc2"]
+
+
+SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+IN_THE_WILD: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "T5ForQuestionAnswering": (
+        {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 9},
+        {"qa_outputs"},
+    ),
+    "DistilBertForMaskedLM": ({"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8, "vocab_size": 9}, set()),
+    "ElectraForMaskedLM": ({**SMALL, "embedding_size": 8}, set()),
+    "ViTForImageClassification": ({**SMALL, "image_size": 8, "patch_size": 4}, {"classifier"}),
+    "RobertaForSequenceClassification": (SMALL, {"classifier"}),
+    "BartForSequenceClassification": (
+        {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 9,
+         "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "eos_token_id": 1},
+        {"classification_head"},
+    ),
+    "DebertaV2ForSequenceClassification": (SMALL, {"pooler", "classifier"}),
+    "LlamaForSequenceClassification": (SMALL, {"score"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", IN_THE_WILD)
+def test_in_the_wild_the_default_targets_exist_and_the_new_head_alone_trains(kind: str) -> None:
+    config, head = IN_THE_WILD[kind]
+    model = getattr(transformers, kind)(getattr(transformers, kind).config_class(**config))
+    assert LoRA(r=2).inject(model)
+    added = injected_names(model)
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad and n not in added} == head
