@@ -1,7 +1,7 @@
 """How good each method is: test accuracy over some seeds, on the bundled reviews or on any data.
 
     python benchmarks/quality.py --seeds 0 1 2
-    python benchmarks/quality.py --data FOLDER_OR_FILE --name pros_cons --methods lora full head
+    python benchmarks/quality.py trainer.max_epochs=3 --data FOLDER_OR_FILE --name pros_cons --methods lora full head
 
 Each method runs at its own default learning rate, from the same seeds, and is scored at its best epoch on
 validation. Results go to benchmarks/results/quality_NAME.json.
