@@ -108,7 +108,11 @@ def test_the_command_composes(command: str) -> None:
 @pytest.mark.parametrize("block", [block for block in SHELL if block.note == "run"], ids=at_line)
 def test_the_commands_marked_so_run_one_after_the_other(block: Block, minilm_dir: str) -> None:
     for app, *arguments in block.commands():
-        short = ["trainer.max_steps=2", "trainer.enable_progress_bar=false"] if app == "train" else []
+        short = (
+            ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "trainer.enable_progress_bar=false"]
+            if app == "train"
+            else []
+        )
         succeed(app, *arguments, *short)
 
 
