@@ -52,6 +52,12 @@ def quiet_trainer() -> L.Trainer:
     )
 
 
+def predictions(module: FineTuner, data: TextDataModule, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The module's prediction for each text, in their order."""
+    batches = quiet_trainer().predict(module, data.texts_dataloader(texts)) or []
+    return [row for batch in batches for row in batch]
+
+
 def tidy_messages(level: int) -> None:
     """Say each of Lightning's messages once, from ``level`` up, and leave out advice that doesn't apply here.
 
@@ -60,15 +66,17 @@ def tidy_messages(level: int) -> None:
     logging.getLogger("lightning").handlers.clear()  # it passes them on to the root's handlers as well
     messages = logging.getLogger("lightning.pytorch")
     messages.setLevel(level)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not record.getMessage().startswith(("💡", "TPU available", "Loading `train_dataloader`"))
-    )
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_applies)  # once, however many jobs run
     for advice in (
         "does not have many workers",
         "exists and is not empty",
         r"isinstance\(treespec, LeafSpec\)",
     ):
         warnings.filterwarnings("ignore", f".*{advice}.*")
+
+
+def _applies(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(("💡", "TPU available", "Loading `train_dataloader`"))
 
 
 def _package_dir(name: str, extra: str) -> str:

@@ -28,8 +28,7 @@ def main(config: DictConfig) -> None:
     if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
         raise RequestError(f"out='{out}' can't be written: name a file in a folder that exists.")
     module, data = restore(runs.find_run(run), OmegaConf.create())
-    batches = build.quiet_trainer().predict(module, data.texts_dataloader(texts)) or []
-    predictions = [row for batch in batches for row in batch]
+    predictions = build.predictions(module, data, texts)
     if out is None:
         report.console.print(report.predictions_table(texts, predictions))
         return

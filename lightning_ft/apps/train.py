@@ -87,8 +87,7 @@ def train(config: DictConfig) -> float:
     report.console.print(f"The run lies in {os.path.relpath(folder)}\n", markup=False)
     samples = build.as_list(config.samples)
     if samples:
-        batches = build.quiet_trainer().predict(module, data.texts_dataloader(samples)) or []
-        report.console.print(report.predictions_table(samples, [row for batch in batches for row in batch]))
+        report.console.print(report.predictions_table(samples, build.predictions(module, data, samples)))
     for logger in loggers:
         logger.finalize("success")
     return float(after["test/f1"])
