@@ -25,14 +25,19 @@ from lightning_ft.injection import (
     freeze_base,
     injected_modules,
     injected_names,
-    match_modules,
     thaw,
 )
+from lightning_ft.methods.bitfit import BitFit
+from lightning_ft.methods.freezing import GradualUnfreezing, TopLayers
 from lightning_ft.methods.full import FullFineTuning
 from lightning_ft.methods.head import HeadOnly
+from lightning_ft.methods.ia3 import IA3
+from lightning_ft.methods.layernorm import LayerNormTuning
 from lightning_ft.methods.lora import LoRA
 
-METHODS: tuple[type[FineTuning], ...] = (LoRA, FullFineTuning, HeadOnly)
+METHODS: tuple[type[FineTuning], ...] = (
+    LoRA, IA3, BitFit, LayerNormTuning, TopLayers, GradualUnfreezing, FullFineTuning, HeadOnly,
+)  # fmt: skip
 """Every method. Those that add parameters have a room in the file format, found by ``peft_type``."""
 
 _ROOMS: dict[str, Any] = {method.peft_type: method for method in METHODS if method.layers}
@@ -97,7 +102,8 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
         for room, fields in zip(rooms, config.get("methods", [config]), strict=bool(rooms)):
             room.from_peft(fields, _targets(room, tensors, base, directory), saved, backbone).inject(model)
         if not rooms:
-            freeze_base(base, "PARTIAL", match_modules(base, saved))
+            held = [name for name, _ in base.named_parameters() if f"{peft.INSIDE}{name}" in tensors]
+            freeze_base(base, "PARTIAL", parameters=held)
         places = _places(model, base, tensors, rooms, directory)
     with torch.no_grad():
         for file_name, place, tensor in places:
