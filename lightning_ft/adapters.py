@@ -23,6 +23,7 @@ from lightning_ft.injection import (
     detach,
     find_base,
     freeze_base,
+    frozen_parts,
     injected_modules,
     injected_names,
     thaw,
@@ -57,10 +58,10 @@ def save_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
         The directory.
 
     Raises:
-        InjectionError: if no parameter of it trains, or it carries several methods.
+        InjectionError: if no parameter of it trains.
     """
     base = find_base(model, backbone)
-    trained = trained_state(model.state_dict(), frozen_keys(model, base))
+    trained = trained_state(model.state_dict(), frozen_keys(model, base) | _keys_of_others(model, base))
     if not trained:
         raise InjectionError("There is nothing to save: no parameter of the model trains. Inject a method first.")
     config = {**peft.describe_base(base.root), **_method_fields(base), "modules_to_save": _trained_whole(base)}
@@ -108,7 +109,7 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
     with torch.no_grad():
         for file_name, place, tensor in places:
             place.copy_(tensor)
-            if isinstance(place, nn.Parameter) and peft.OF_BASE not in file_name:
+            if isinstance(place, nn.Parameter) and not file_name.endswith(f"{peft.OF_BASE}weight"):
                 place.requires_grad_(True)
     _warn_of_new_heads(base, {id(place) for _, place, _ in places}, directory)
 
@@ -237,6 +238,14 @@ def _file_name(base: Base, key: str, inside: str) -> str:
     # PEFT wraps the modules that it adapts.
     wrapped = path and isinstance(base.root.get_submodule(path), Injected)
     return f"{inside}{path}{peft.OF_BASE}{own}" if wrapped else f"{inside}{key.removeprefix(prefix)}"
+
+
+def _keys_of_others(model: nn.Module, base: Base) -> set[str]:
+    """The keys of other pretrained parts that were fine-tuned: each has a folder of its own."""
+    own = {base.prefixed(part) for part in base.frozen}
+    others = tuple(f"{part}." for part in frozen_parts(model) - own)
+    inside = tuple(f"{part}." if part else "" for part in own)
+    return {key for key in model.state_dict() if key.startswith(others) and not key.startswith(inside)}
 
 
 def _own_name(base: Base, file_name: str, inside: str) -> str:

@@ -158,13 +158,12 @@ class FineTuning(Callback, ABC):
         return {"method": type(self).__name__, "arguments": arguments}
 
     def _inject(self, model: nn.Module) -> None:
+        # Those that add nothing first: what of the base they train is theirs, whoever trained it before.
+        methods = sorted([self, *self._neighbours], key=lambda method: bool(method.layers))
         with all_or_nothing(model):  # where one is refused, none goes in
-            names = self.inject(model)
-            summary = self.describe(model, names)
-            for neighbour in self._neighbours:
-                neighbour.inject(model)
+            touched = [method.inject(model) for method in methods]
         if not self._told:
-            rank_zero_info(f"{type(self).__name__}: {summary}")
+            rank_zero_info(f"{type(self).__name__}: {self.describe(model, touched[methods.index(self)])}")
         self._told = True
 
     def _restore_modes(self) -> None:

@@ -248,14 +248,16 @@ def freeze_base(base: Base, method: str, saved: Sequence[str] = (), parameters: 
     Raises:
         InjectionError: if ``method`` trained other parts of it before, which would go on training unsaid.
     """
-    trained = [*(name for name, _ in base.named_modules() if name in saved), *parameters]
+    trained = _trained(base, saved, parameters)
     record = vars(base.root).get(_FROZEN) or {"parts": [], "parameters": [], "trained": {}}
     before = record["trained"].get(method, trained)
-    if before != trained:
+    of_others = {name for other, names in record["trained"].items() if other != method for name in names}
+    new = [name for name in trained if name not in before]
+    gone = [name for name in before if name not in trained and name not in of_others]
+    if new or gone:
         raise InjectionError(
-            f"{method} names {_few(name for name in trained if name not in before)} of the base, and it was fine-tuned"
-            f" before with {_few(name for name in before if name not in trained)}. Use the same settings"
-            " (modules_to_save and the like), or merge first."
+            f"{method} names {_few(new)} of the base, and it was fine-tuned before with {_few(gone)}. Use the same"
+            " settings (modules_to_save and the like), or merge first."
         )
     if base.frozen not in record["parts"]:
         record["parts"].append(base.frozen)
@@ -278,15 +280,20 @@ def freeze_all_but(base: Base, method: str, saved: Sequence[str] = (), parameter
         InjectionError: if another method added something to the base, or trains something else of it.
     """
     refuse_injected(base, method)
+    own = _trained(base, saved, parameters)
     for other, trained in vars(base.root).get(_FROZEN, {"trained": {}})["trained"].items():
-        whole = tuple(f"{name}." for name in saved)
-        more = [name for name in trained if not f"{name}.".startswith(whole) and name not in parameters]
-        if more and other != method:
+        if other != method and (more := [name for name in trained if name not in own]):
             raise InjectionError(
                 f"{_few(more)} of the base would go on training, as {other} left it, and {method} says of all of the"
                 " base what trains. Merge first."
             )
     freeze_base(base, method, saved, parameters)
+
+
+def _trained(base: Base, saved: Sequence[str], parameters: Sequence[str]) -> list[str]:
+    """The parameters of the base that lie in ``saved`` modules, or are named."""
+    whole, named = tuple(f"{name}." for name in saved), set(parameters)
+    return [name for name, _ in base.named_parameters() if name.startswith(whole) or name in named]
 
 
 def _few(names: Iterable[str]) -> str:
@@ -299,6 +306,12 @@ def thaw(model: nn.Module) -> None:
     for root in list(model.modules()):
         for name in vars(root).pop(_FROZEN, {"parameters": []})["parameters"]:
             root.get_parameter(name).requires_grad_(True)
+
+
+def frozen_parts(model: nn.Module) -> set[str]:
+    """Paths of the pretrained parts that :func:`freeze_base` froze in ``model``, whichever method asked."""
+    records = {name: vars(module).get(_FROZEN, {"parts": []}) for name, module in model.named_modules()}
+    return {f"{name}.{part}".strip(".") for name in records for parts in records[name]["parts"] for part in parts}
 
 
 @contextmanager
