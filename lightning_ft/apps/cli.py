@@ -16,6 +16,8 @@ APPS = {
     "train": "fine-tune a model; writes a run folder",
     "evaluate": "score a run's adapter on a test split",
     "predict": "classify texts with a run's adapter",
+    "merge": "write a run as a plain Hugging Face model",
+    "export": "write a run's adapter as a PEFT folder, to share or upload",
 }
 
 _QUOTED = (

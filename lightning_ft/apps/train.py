@@ -37,6 +37,7 @@ def train(config: DictConfig) -> float:
     from lightning_ft.apps import build, report, runs
     from lightning_ft.callbacks.efficiency import Efficiency
     from lightning_ft.callbacks.finetuning import count_parameters
+    from lightning_ft.files.card import versions
     from lightning_ft.reporting import log_folder
 
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -62,12 +63,11 @@ def train(config: DictConfig) -> float:
         logger.log_hyperparams(settings)
 
     trainer.fit(module, data)
+    steps, epochs = trainer.global_step, trainer.current_epoch
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     if best is None:
         log.info("No checkpoint was kept (validation never ran): the last weights are tested and saved.")
     after = trainer.test(module, data, ckpt_path=best, verbose=False)[0]
-    adapter = save_adapter(module, folder / runs.ADAPTER, method.backbone)
-    log_folder(loggers, f"adapter-{folder.name}", adapter, "adapter")
 
     parameters, trained = count_parameters(module)
     results = {
@@ -79,8 +79,15 @@ def train(config: DictConfig) -> float:
         "trained": trained,
         "seconds": efficiency.seconds,
         "peak_memory_mib": efficiency.peak_memory_mib,
-        "adapter_bytes": sum(file.stat().st_size for file in adapter.iterdir()),
+        "rows": {split: len(rows) for split, rows in data.splits.items()},
+        "steps": steps,
+        "epochs": epochs,
+        "versions": versions(),
     }
+    card = runs.card_facts(runs.load_config(folder), results)
+    adapter = save_adapter(module, folder / runs.ADAPTER, method.backbone, card)
+    results["adapter_bytes"] = sum(file.stat().st_size for file in adapter.iterdir())
+    log_folder(loggers, f"adapter-{folder.name}", adapter, "adapter")
     (folder / runs.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
     report.console.print(report.scores_table(results))

@@ -77,9 +77,9 @@ def trained(tiny_bert_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Tra
     )  # fmt: skip
     seen = []
 
-    def save_adapter(module: nn.Module, directory: Path, backbone: str | None) -> Path:
+    def save_adapter(module: nn.Module, directory: Path, *more: Any) -> Path:
         seen.append(module)
-        return save(module, directory)
+        return save(module, directory, *more)
 
     save = lightning_ft.save_adapter
     with pytest.MonkeyPatch.context() as patch:
