@@ -25,6 +25,8 @@ CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "REA
 INSIDE, OUTSIDE = "base_model.model.", "lightning_module."
 OF_BASE = ".base_layer."  # in names of base weights, of which PEFT adds a copy if an embedding is a target
 
+_OF_WRAPPERS = (".modules_to_save.", ".original_module.")
+
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForCausalLM": "CAUSAL_LM",
@@ -88,9 +90,11 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except ValueError as error:
         raise StateError(f"'{directory / CONFIG}' isn't a valid JSON object: {error}.") from error
     try:
-        return config, load_file(directory / WEIGHTS)
+        tensors = load_file(directory / WEIGHTS)
     except SafetensorError as error:
         raise StateError(f"'{directory / WEIGHTS}' is damaged or incomplete: {error}.") from error
+    # With bias="all" PEFT writes a head's bias under the names of its wrapper too.
+    return config, {key: t for key, t in tensors.items() if not any(part in key for part in _OF_WRAPPERS)}
 
 
 def _card(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
