@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_ft.injection import InjectionError
     from lightning_ft.methods.full import FullFineTuning
     from lightning_ft.methods.head import HeadOnly
-    from lightning_ft.methods.lora import LoRA, inject_lora
+    from lightning_ft.methods.lora import LoRA
     from lightning_ft.tasks.classification import Classification
     from lightning_ft.tasks.finetuner import FineTuner
 
@@ -34,7 +34,6 @@ _HOMES = {
     "InjectionError": "lightning_ft.injection",
     "LoRA": "lightning_ft.methods.lora",
     "TextDataModule": "lightning_ft.data.module",
-    "inject_lora": "lightning_ft.methods.lora",
     "load_adapter": "lightning_ft.adapters",
     "load_from_checkpoint": "lightning_ft.adapters",
     "merge": "lightning_ft.adapters",
@@ -43,7 +42,7 @@ _HOMES = {
 
 __all__ = [  # noqa: RUF022 - by use
     "LoRA", "FullFineTuning", "HeadOnly", "FineTuning",
-    "inject_lora", "merge", "save_adapter", "load_adapter", "load_from_checkpoint", "InjectionError",
+    "merge", "save_adapter", "load_adapter", "load_from_checkpoint", "InjectionError",
     "FineTuner", "Classification", "TextDataModule", "Efficiency",
 ]  # fmt: skip
 

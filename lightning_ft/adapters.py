@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,6 +20,7 @@ from lightning_ft.injection import (
     Base,
     Injected,
     InjectionError,
+    all_or_nothing,
     detach,
     find_base,
     freeze_base,
@@ -35,7 +36,7 @@ from lightning_ft.methods.lora import LoRA
 METHODS: tuple[type[FineTuning], ...] = (LoRA, FullFineTuning, HeadOnly)
 """Every method. Those that add parameters have a room in the file format, found by ``peft_type``."""
 
-_ROOMS: dict[str, type[LoRA]] = {"LORA": LoRA}
+_ROOMS: dict[str, Any] = {method.peft_type: method for method in METHODS if method.layers}
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -60,20 +61,21 @@ def save_adapter(
         ValueError: if ``card`` has a key that there is no place for.
     """
     base = find_base(model, backbone)
-    layers = dict(injected_modules(base.root))
     trained = trained_state(model.state_dict(), frozen_keys(model, base))
     if not trained:
         raise InjectionError("There is nothing to save: no parameter of the model trains. Inject a method first.")
-    names = _file_names(base, layers)
-    tensors = {names.get(key) or _file_name(base, key): value for key, value in trained.items()}
-    config = {
-        **peft.describe_base(base.root),
-        **_method_fields(layers),
-        "modules_to_save": _trained_whole(base),
-    }
+    config = {**peft.describe_base(base.root), **_method_fields(base), "modules_to_save": _trained_whole(base)}
+    added, rooms = injected_names(model), _rooms(config)
+    inside = rooms[0].inside if len(rooms) == 1 else peft.INSIDE
+    tensors = {_file_name(base, key, inside): value for key, value in trained.items() if key not in added}
+    for room in rooms:
+        for path, layer in _carrying(base, room.peft_type).items():
+            for mixin in layer._mixins:
+                if mixin.method == room.peft_type:
+                    values = mixin.in_files(layer).items()
+                    tensors |= {mixin.file_key(room.inside, path, name): value for name, value in values}
     # Stock PEFT looks for each of modules_to_save under its own name; what only we read is written once.
-    partial = config["peft_type"] == "PARTIAL"
-    tensors = _without_ties(tensors) if partial else {key: value.clone() for key, value in tensors.items()}
+    tensors = {key: value.clone() for key, value in tensors.items()} if rooms else _without_ties(tensors)
     return peft.write(directory, config, tensors, card)
 
 
@@ -93,30 +95,16 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
         ValueError: if it holds a method that isn't known here.
     """
     config, tensors = peft.read(directory)
-    kind = config.get("peft_type")
-    if kind not in _ROOMS and kind != "PARTIAL":
-        raise ValueError(f"'{directory}' holds a {kind} adapter; known here are {', '.join([*_ROOMS, 'PARTIAL'])}.")
     base = find_base(model, backbone)
-    present = {name for name, _ in injected_modules(model)}
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = [f".{name}" for name, _ in base.root.named_modules()]  # PEFT names heads that a model may not have
     saved = [name for name in config.get("modules_to_save") or () if any(m.endswith(f".{name}") for m in modules)]
-    try:
-        if kind == "PARTIAL":
-            freeze_base(base, match_modules(base, saved))
-        else:
-            room = _ROOMS[kind]
-            room.from_peft(config, _targets(room, tensors, base, directory), saved, backbone).inject(model)
-        places = _places(model, base, tensors, directory)
-    except (StateError, InjectionError):
-        for name, _ in list(injected_modules(model)):
-            if name not in present:
-                detach(model, name)
-        if not present:
-            thaw(model)
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
-        raise
+    with all_or_nothing(model):
+        rooms = _rooms(config, f"'{directory}'")
+        for room, fields in zip(rooms, config.get("methods", [config]), strict=bool(rooms)):
+            room.from_peft(fields, _targets(room, tensors, base, directory), saved, backbone).inject(model)
+        if not rooms:
+            freeze_base(base, "PARTIAL", match_modules(base, saved))
+        places = _places(model, base, tensors, rooms, directory)
     with torch.no_grad():
         for file_name, place, tensor in places:
             place.copy_(tensor)
@@ -135,20 +123,27 @@ def merge(model: nn.Module) -> list[str]:
         NotImplementedError: if a method in the model can't be merged; the model is then left as it was.
     """
     layers = list(injected_modules(model))
-    for _, layer in layers:
-        for mixin in layer._mixins:
-            if mixin.fold is Injected.fold:
-                mixin.fold(layer)  # raises
     for name, layer in layers:
         for mixin in layer._mixins:
-            mixin.fold(layer)
+            if mixin.acts_on != "weights":
+                raise NotImplementedError(
+                    f"{mixin.method} can't be merged: it changes the {mixin.acts_on} of '{name}', not its weights. The"
+                    " model can be served as it is; save_adapter keeps what was trained."
+                )
+    folded = {name: layer.folded(cast(Any, layer).weight.detach()) for name, layer in layers}
+    for name, layer in layers:
+        for key, value in folded[name].items():
+            getattr(layer, key).data.copy_(value)
         detach(model, name)
     thaw(model)  # what is saved from here on is the whole model
     return [name for name, _ in layers]
 
 
 def load_from_checkpoint(
-    module_class: type[Module], path: str | Path, method: FineTuning | None = None, **kwargs: Any
+    module_class: type[Module],
+    path: str | Path,
+    method: FineTuning | Sequence[FineTuning] | None = None,
+    **kwargs: Any,
 ) -> Module:
     """``module_class.load_from_checkpoint`` for a checkpoint of a module that a callback had changed.
 
@@ -157,7 +152,7 @@ def load_from_checkpoint(
     Args:
         module_class: the user's LightningModule class.
         path: the checkpoint.
-        method: the callback it was trained with; read from the checkpoint where it is one of ours.
+        method: the callback, or callbacks, it was trained with; read from the checkpoint where they are ours.
         kwargs: as for ``load_from_checkpoint``: ``map_location``, ``strict``, the module's own arguments.
 
     Returns:
@@ -166,7 +161,10 @@ def load_from_checkpoint(
     Raises:
         StateError: if the checkpoint wasn't saved with a method's callback, or doesn't fit the module.
     """
-    callback = method or _method_of(_read_record(path, kwargs.get("weights_only")))
+    if method is None:
+        callbacks = [_method_of(record) for record in _read_records(path, kwargs.get("weights_only"))]
+    else:
+        callbacks = [method] if isinstance(method, FineTuning) else list(method)
 
     # Lightning builds the module, calls configure_model and on_load_checkpoint, then loads strictly: a
     # subclass that lives only that long injects in between.
@@ -175,13 +173,15 @@ def load_from_checkpoint(
             problem = _set_up(self)
             super().configure_model()
             try:
-                callback._inject(self)
+                for callback in callbacks:
+                    callback._inject(self)
             except InjectionError as error:
                 raise error from problem
 
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            base = find_base(self, callback.backbone)
-            checkpoint.update(complete_checkpoint(checkpoint, self, base, callback.record(), path))
+            for callback in callbacks:
+                base = find_base(self, callback.backbone)
+                checkpoint.update(complete_checkpoint(checkpoint, self, base, callback.record(), path))
             super().on_load_checkpoint(checkpoint)
 
     Injecting.__name__, Injecting.__qualname__ = module_class.__name__, module_class.__qualname__
@@ -205,17 +205,15 @@ def _set_up(module: LightningModule) -> RuntimeError | None:
     return None
 
 
-def _read_record(path: str | Path, weights_only: bool | None) -> dict[str, Any]:
+def _read_records(path: str | Path, weights_only: bool | None) -> list[dict[str, Any]]:
     checkpoint = torch.load(path, map_location="meta", weights_only=weights_only is not False, mmap=True)
-    records = checkpoint.get(METADATA)
+    records: list[dict[str, Any]] = checkpoint.get(METADATA, [])
     if not records:
         raise StateError(
             f"The checkpoint '{path}' wasn't saved with a lightning_ft callback: load it with"
             " MyModule.load_from_checkpoint."
         )
-    if len(records) > 1:
-        raise StateError(f"The checkpoint '{path}' was saved with several methods: pass method=...")
-    return cast("dict[str, Any]", records[0])
+    return records
 
 
 def _method_of(record: Mapping[str, Any]) -> FineTuning:
@@ -231,35 +229,50 @@ def _method_of(record: Mapping[str, Any]) -> FineTuning:
 # ------------------------------------------------------------------------------- names in a model and in files
 
 
-def _file_names(base: Base, layers: Mapping[str, Injected]) -> dict[str, str]:
-    """For each parameter that methods added: its key in the searched model, and its key in the files."""
+def _file_name(base: Base, key: str, inside: str) -> str:
+    prefix = f"{base.root_name}." if base.root_name else ""
+    if not key.startswith(prefix):
+        return f"{peft.OUTSIDE}{key}"
+    path, _, own = key.removeprefix(prefix).rpartition(".")
+    # PEFT wraps the modules that it adapts.
+    wrapped = path and isinstance(base.root.get_submodule(path), Injected)
+    return f"{inside}{path}{peft.OF_BASE}{own}" if wrapped else f"{inside}{key.removeprefix(prefix)}"
+
+
+def _own_name(base: Base, file_name: str, inside: str) -> str:
+    if file_name.startswith(peft.OUTSIDE):
+        return file_name.removeprefix(peft.OUTSIDE)
+    return base.prefixed(file_name.removeprefix(inside).replace(peft.OF_BASE, "."))
+
+
+def _carrying(base: Base, kind: str) -> dict[str, Any]:
+    """The parts of the injected modules that are of this method, by path."""
     return {
-        f"{base.prefixed(path)}.{key}": f"{peft.INSIDE}{path}.{file_name}"
-        for path, layer in layers.items()
-        for mixin in layer._mixins
-        for key, file_name in mixin.adds.items()
+        path: layer
+        for path, layer in injected_modules(base.root)
+        if any(mixin.method == kind for mixin in layer._mixins)
     }
 
 
-def _file_name(base: Base, key: str) -> str:
-    prefix = f"{base.root_name}." if base.root_name else ""
-    return f"{peft.INSIDE}{key.removeprefix(prefix)}" if key.startswith(prefix) else f"{peft.OUTSIDE}{key}"
+def _method_fields(base: Base) -> dict[str, Any]:
+    kinds = dict.fromkeys(mixin.method for _, layer in injected_modules(base.root) for mixin in layer._mixins)
+    methods = [{"peft_type": kind, **_ROOMS[kind].to_peft(_carrying(base, kind), base)} for kind in kinds]
+    if len(methods) == 1:
+        return methods[0]
+    return {"peft_type": "COMBINED", "methods": methods} if methods else {"peft_type": "PARTIAL"}
 
 
-def _own_name(base: Base, file_name: str) -> str:
-    if file_name.startswith(peft.OUTSIDE):
-        return file_name.removeprefix(peft.OUTSIDE)
-    return base.prefixed(file_name.removeprefix(peft.INSIDE).replace(peft.OF_BASE, "."))
+def _rooms(config: Mapping[str, Any], source: str = "it") -> list[Any]:
+    """The methods that a folder's config names.
 
-
-def _method_fields(layers: Mapping[str, Injected]) -> dict[str, Any]:
-    kinds = {mixin.method for layer in layers.values() for mixin in layer._mixins}
-    if not kinds:
-        return {"peft_type": "PARTIAL"}
-    if len(kinds) > 1:
-        raise InjectionError(f"One folder holds one method's adapter; this model carries {', '.join(sorted(kinds))}.")
-    (kind,) = kinds
-    return {"peft_type": kind, **_ROOMS[kind].to_peft(layers)}
+    Raises:
+        ValueError: if one isn't known here.
+    """
+    kinds = [fields.get("peft_type") for fields in config.get("methods", [config])]
+    unknown = [kind for kind in kinds if kind not in _ROOMS and kind != "PARTIAL"]
+    if unknown:
+        raise ValueError(f"{source} holds a {unknown[0]} adapter; known here are {', '.join([*_ROOMS, 'PARTIAL'])}.")
+    return [_ROOMS[kind] for kind in kinds if kind != "PARTIAL"]
 
 
 def _trained_whole(base: Base) -> list[str] | None:
@@ -300,34 +313,39 @@ def _warn_of_new_heads(base: Base, loaded: set[int], directory: str | Path) -> N
         )
 
 
-def _targets(room: type[LoRA], tensors: Mapping[str, Tensor], base: Base, directory: str | Path) -> list[str]:
+def _targets(room: Any, tensors: Mapping[str, Tensor], base: Base, directory: str | Path) -> list[str]:
     """The modules that the tensors of an adapter belong to, as paths in the root."""
-    endings = {f".{file_name}" for layer in room.layers for file_name in layer.adds.values()}
-    names = dict.fromkeys(
-        key.removeprefix(peft.INSIDE).removesuffix(e) for key in tensors for e in endings if key.endswith(e)
-    )
-    there = {name for name, _ in base.root.named_modules()}
-    foreign = [name for name in names if name not in there]
-    if foreign or not names:
+    paths = [name for name, _ in base.root.named_modules()]
+    names = [(layer, name) for layer in room.layers for name in layer.adds.values()]
+    found = [path for path in paths if any(layer.file_key(room.inside, path, name) in tensors for layer, name in names)]
+    if not found:
         raise StateError(
-            f"'{directory}' adapts {', '.join(foreign[:3]) or 'nothing'}, and {type(base.root).__name__} has no such"
-            " module: it was made for another model."
+            f"'{directory}' adapts no module of {type(base.root).__name__}: it was made for another model. It holds"
+            f" {', '.join(list(tensors)[:3]) or 'no tensors'}."
         )
-    return list(names)
+    return found
 
 
 def _places(
-    model: nn.Module, base: Base, tensors: Mapping[str, Tensor], directory: str | Path
+    model: nn.Module, base: Base, tensors: Mapping[str, Tensor], rooms: Sequence[Any], directory: str | Path
 ) -> list[tuple[str, Tensor, Tensor]]:
     """Each of an adapter's tensors, its name first, with the one of the model that takes its value."""
-    own_names = {file: key for key, file in _file_names(base, dict(injected_modules(base.root))).items()}
+    inside = rooms[0].inside if len(rooms) == 1 else peft.INSIDE
+    own_names = {
+        mixin.file_key(room.inside, path, file_name): base.prefixed(f"{path}.{key}".lstrip("."))
+        for room in rooms
+        for path, layer in _carrying(base, room.peft_type).items()
+        for mixin in layer._mixins
+        if mixin.method == room.peft_type
+        for key, file_name in mixin.adds.items()
+    }
     live = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
     missing = [file_name for file_name in own_names if file_name not in tensors]
     if missing:
         raise StateError(f"'{directory}' is incomplete: it holds no {', '.join(missing[:3])}.")
     places = []
     for file_name, tensor in tensors.items():
-        key = own_names.get(file_name) or _own_name(base, file_name)
+        key = own_names.get(file_name) or _own_name(base, file_name, inside)
         if key not in live:
             raise StateError(
                 f"'{directory}' holds {file_name}, and {type(model).__name__} has no '{key}': it was made for"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lightning_ft
-from lightning_ft import InjectionError, LoRA, inject_lora
+from lightning_ft import InjectionError, LoRA
 from lightning_ft.callbacks.checkpoint_io import METADATA
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.files.state import StateError
@@ -112,14 +112,14 @@ def test_an_unknown_method_is_named_and_can_be_passed(tmp_path: Path) -> None:
     assert same(loaded, module)
 
 
-def test_several_methods_need_to_be_told_apart(tmp_path: Path) -> None:
+def test_a_method_that_is_not_ours_must_be_passed(tmp_path: Path) -> None:
     module = fitted(tmp_path / "x.ckpt", Sized(6), lora())
     checkpoint = torch.load(tmp_path / "x.ckpt")
     checkpoint[METADATA].append({**checkpoint[METADATA][0], "method": "LastLayer"})
     torch.save(checkpoint, tmp_path / "x.ckpt")
-    with pytest.raises(StateError, match="several methods: pass method="):
+    with pytest.raises(StateError, match="LastLayer, which isn't one of"):
         lightning_ft.load_from_checkpoint(Sized, tmp_path / "x.ckpt")
-    assert same(lightning_ft.load_from_checkpoint(Sized, tmp_path / "x.ckpt", method=lora()), module)
+    assert same(lightning_ft.load_from_checkpoint(Sized, tmp_path / "x.ckpt", method=[lora()]), module)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -169,7 +169,7 @@ def test_a_setup_that_fails_for_another_reason_is_an_error(tmp_path: Path) -> No
 class Shift(Injected):
     """Has no fold."""
 
-    method, slot = "SHIFT", "shift"
+    method, acts_on, slot = "SHIFT", "outputs", "shift"
     adds: ClassVar = {"offset": "offset"}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,14 +179,14 @@ class Shift(Injected):
 @pytest.mark.parametrize("place", ["0", "2"])
 def test_a_merge_that_one_layer_refuses_changes_none(place: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-    inject_lora(model, r=2, backbone=".")
+    LoRA(r=2, backbone=".").inject(model)
     for _, layer in injected_modules(model):
         nn.init.normal_(layer.lora_B)
     attach(model, place, Shift, 1, {"offset": torch.ones(4)})
     before = {key: value.clone() for key, value in model.state_dict().items()}
     classes, x = [type(m) for m in model], torch.randn(2, 4)
     out = model(x)
-    with pytest.raises(NotImplementedError, match="Shift can't be merged"):
+    with pytest.raises(NotImplementedError, match="SHIFT can't be merged"):
         lightning_ft.merge(model)
     assert [type(m) for m in model] == classes
     assert list(model.state_dict()) == list(before)
@@ -196,7 +196,7 @@ def test_a_merge_that_one_layer_refuses_changes_none(place: str) -> None:
 
 def test_a_part_of_a_model_can_be_merged_alone() -> None:
     model = tiny.bert()
-    inject_lora(model, r=2, target_modules=["query"])
+    LoRA(r=2, target_modules=["query"]).inject(model)
     for _, layer in injected_modules(model):
         nn.init.normal_(layer.lora_B)
     before = model(tiny.TOKENS).last_hidden_state

@@ -4,32 +4,51 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from foreign import BertInInit, make, trainer
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 
 import lightning_ft
 from lightning_ft import FullFineTuning, HeadOnly, LoRA, adapters
 from lightning_ft.apps.paths import conf_dir
 from lightning_ft.callbacks.finetuning import FineTuning
-from lightning_ft.injection import injected_modules, injected_names
+from lightning_ft.injection import Injected, injected_modules, injected_names
 
 METHODS: dict[str, FineTuning] = {
     "lora": LoRA(r=2, target_modules="all-linear"),
+    "dora": LoRA(r=2, use_dora=True, rank_pattern={"query": 3}),
+    "rslora": LoRA(r=2, use_rslora=True, bias="lora_only"),
+    "pissa": LoRA(r=2, init_lora_weights="pissa"),
+    "olora": LoRA(r=2, init_lora_weights="olora", use_rslora=True),
+    "loraplus": LoRA(r=2, loraplus_lr_ratio=16.0),
     "full": FullFineTuning(),
     "head": HeadOnly(),
 }
 """A method by the name of its config, with settings for a tiny model."""
 
 each_method = pytest.mark.parametrize("name", METHODS)
+
+
+def those_that(hold: Callable[[FineTuning], bool]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [name for name, method in METHODS.items() if hold(method)])
+
+
+def acts_on_weights_alone(method: FineTuning) -> bool:
+    return all(layer.acts_on == "weights" for layer in method.layers)
+
+
+def acts_on_inputs(method: FineTuning) -> bool:
+    return any(layer.acts_on == "inputs" for layer in method.layers)
 
 
 def method(name: str) -> FineTuning:
@@ -59,7 +78,8 @@ def test_every_method_is_under_contract() -> None:
 
 @each_method
 def test_the_config_is_a_constructor_call(name: str) -> None:
-    config = OmegaConf.load(conf_dir() / "method" / f"{name}.yaml")
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("train", [f"method={name}"]).method
     assert type(instantiate(config, _convert_="all")) is type(METHODS[name])
     # as lightning-hydra-template and others pass their callbacks
     passed = instantiate({"_target_": "builtins.dict"}, callbacks=[METHODS[name]])["callbacks"][0]
@@ -74,7 +94,7 @@ def test_arguments_are_kept_under_their_own_names_as_plain_values(name: str) -> 
     assert again.record() == METHODS[name].record()
 
 
-@each_method
+@those_that(lambda method: not acts_on_inputs(method))
 def test_at_the_start_outputs_are_the_bases(name: str) -> None:
     module = make(BertInInit)
     before = output(module)
@@ -114,7 +134,7 @@ def test_resume_is_exact_and_the_checkpoint_has_only_what_trains(name: str, tmp_
     whole = fitted(name)
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
     saved = torch.load(tmp_path / "x.ckpt")["state_dict"]
-    assert set(saved) == {n for n, p in whole.named_parameters() if p.requires_grad}
+    assert set(saved) == {n for n, p in whole.named_parameters() if p.requires_grad} | injected_names(whole)
 
 
 @each_method
@@ -140,10 +160,10 @@ def test_an_adapter_folder_carries_all_that_was_learnt(name: str, tmp_path: Path
     fresh = make(BertInInit)
     torch.nn.init.normal_(fresh.model.classifier.weight)  # a new head is another one
     lightning_ft.load_adapter(fresh, tmp_path / "adapter")
-    assert torch.equal(output(fresh), output(module))
+    torch.testing.assert_close(output(fresh), output(module), atol=1e-6, rtol=1e-6)
 
 
-@each_method
+@those_that(acts_on_weights_alone)
 def test_merging_keeps_the_outputs_and_gives_the_tree_back(name: str) -> None:
     original, module = make(BertInInit), fitted(name)
     before = output(module)
@@ -152,6 +172,16 @@ def test_merging_keeps_the_outputs_and_gives_the_tree_back(name: str) -> None:
     assert [(n, type(m)) for n, m in module.named_modules()] == [(n, type(m)) for n, m in original.named_modules()]
     assert list(module.state_dict()) == list(original.state_dict())
     assert lightning_ft.merge(module) == []
+
+
+@those_that(lambda method: not acts_on_weights_alone(method))
+def test_a_merge_that_cannot_be_is_refused_and_changes_nothing(name: str) -> None:
+    module = fitted(name)
+    before, outputs = state(module), output(module)
+    with pytest.raises(NotImplementedError, match="can't be merged"):
+        lightning_ft.merge(module)
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+    assert torch.equal(output(module), outputs)
 
 
 @each_method
@@ -171,11 +201,22 @@ def test_what_is_injected_stays_fp32_under_every_precision(name: str, precision:
     module = make(BertInInit)
     trainer(method(name), max_epochs=1, precision=precision).fit(module)
     added = injected_names(module)
-    dtypes = {p.dtype for n, p in module.named_parameters() if n in added}
+    dtypes = {tensor.dtype for key, tensor in module.state_dict().items() if key in added}
     assert dtypes == ({torch.float32} if added else set())
     if precision == "bf16-true":
         assert {p.dtype for n, p in module.named_parameters() if n not in added} == {torch.bfloat16}
     assert module.outputs(module.example()).isfinite().all()
+
+
+def test_methods_that_share_a_module_share_no_names() -> None:
+    """Their layers are mixed into one class: what one calls its own, another mustn't have too."""
+    own: dict[str, dict[str, str]] = {}
+    for method in METHODS.values():
+        for layer in method.layers:
+            names = {name for kind in layer.__mro__ for name in vars(kind)} - set(dir(Injected)) - {"forward"}
+            own.setdefault(layer.acts_on, {}).update(dict.fromkeys(names, layer.__name__))
+    for one, other in itertools.combinations(own.values(), 2):
+        assert not {name: (one[name], other[name]) for name in set(one) & set(other) if not name.startswith("__")}
 
 
 @each_method

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lightning_ft.methods.lora import inject_lora
+from lightning_ft import LoRA
 from lightning_ft.optim import constant, cosine, linear, parameter_groups, scale_rates, warmup_steps
 
 
@@ -86,7 +86,7 @@ def test_rates_stay_the_layers_whatever_is_frozen(bert: PreTrainedModel) -> None
 
 
 def test_lora_trains_at_the_rate_of_its_layer(bert: PreTrainedModel) -> None:
-    inject_lora(bert, r=2)
+    LoRA(r=2).inject(bert)
     rate = rates(scale_rates(torch.optim.AdamW(parameter_groups(bert, bert.bert, 0.5), lr=1.0)))
     trained = {name: p for name, p in bert.named_parameters() if p.requires_grad}
     assert {id(p) for p in trained.values()} == set(rate)

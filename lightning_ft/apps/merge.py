@@ -43,8 +43,7 @@ def main(config: DictConfig) -> None:
             lightning_ft.merge(module)
         except NotImplementedError as error:
             raise RequestError(
-                f"'{folder}' can't be merged: {error} Export it, and load it over its base:"
-                f" lightning-ft export run={run} out={out}"
+                f"{error} Export it, and load it over its base: lightning-ft export run={run} out={out}"
             ) from error
         parameters, _ = count_parameters(module)
         facts = runs.card_facts(runs.load_config(folder), runs.load_results(folder))

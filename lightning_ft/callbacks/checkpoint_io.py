@@ -8,7 +8,14 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO
 from torch import nn
 
-from lightning_ft.files.state import check_fingerprint, complete_state, frozen_keys, method_keys, trained_state
+from lightning_ft.files.state import (
+    check_fingerprint,
+    complete_state,
+    fingerprint,
+    frozen_keys,
+    method_keys,
+    trained_state,
+)
 from lightning_ft.injection import Base
 
 METADATA = "lightning_ft"
@@ -44,8 +51,9 @@ class AdapterCheckpointIO(CheckpointIO):
         """Write what was trained."""
         frozen = frozen_keys(self._model(), self._base())
         slim = {key: trained_state(checkpoint[key], frozen) for key in _STATES if key in checkpoint}
-        records, own = checkpoint.get(METADATA, []), self.record()
-        records = records if own in records else [*records, own]
+        own = {**self.record(), "base": fingerprint(self._base())}
+        records = [record for record in checkpoint.get(METADATA, []) if not _of_the_same(record, own)]
+        records.insert(0, own)  # the last to wrap is the first to save
         self.inner.save_checkpoint({**checkpoint, **slim, METADATA: records}, path, storage_options)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -72,8 +80,13 @@ def complete_checkpoint(
     """``checkpoint`` with its frozen keys filled in from ``model``; see :class:`AdapterCheckpointIO`."""
     source = f"The checkpoint '{path}'"
     for record in checkpoint.get(METADATA, []):
-        if record["method"] == present["method"]:
-            check_fingerprint(record["base"], present["base"], source)
+        if _of_the_same(record, present):
+            check_fingerprint(record["base"], fingerprint(base), source)
     frozen, ours = frozen_keys(model, base), method_keys(model, base)
     filled = {key: complete_state(checkpoint[key], model, frozen, ours, source) for key in _STATES if key in checkpoint}
     return {**checkpoint, **filled}
+
+
+def _of_the_same(record: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two records are of the same method over the same base."""
+    return record["method"] == other["method"] and record["arguments"]["backbone"] == other["arguments"]["backbone"]

@@ -26,8 +26,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from lightning_ft.callbacks.checkpoint_io import AdapterCheckpointIO
-from lightning_ft.files.state import fingerprint, frozen_modules
-from lightning_ft.injection import Base, InjectionError, find_base, injected_modules
+from lightning_ft.files.peft import INSIDE
+from lightning_ft.files.state import frozen_modules
+from lightning_ft.injection import Base, Injected, InjectionError, find_base, injected_modules
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,9 @@ class FineTuning(Callback, ABC):
     module needs no base class of ours and may be built in ``__init__``, ``setup()`` or ``configure_model()``.
     Checkpoints hold only what was trained, and resume with Lightning's own ``fit(ckpt_path=...)``.
 
+    Two methods in one Trainer work together if they act on different things (``[LoRA(), PromptTuning()]``); what a
+    method has put into a module stays and goes on training, in a later fit with another callback too, until merged.
+
     Args:
         modules_to_save: parts of the base to train whole and save beside what the method adds: paths, or
             ends of paths, of modules. A task head needs no mention.
@@ -52,12 +56,21 @@ class FineTuning(Callback, ABC):
     def __init__(self, modules_to_save: Sequence[str] | None = None, backbone: str | None = None) -> None:
         self.modules_to_save = modules_to_save
         self.backbone = backbone
-        self._fingerprint: dict[str, str] | None = None
+        self._told = False  # what injection did, once for fit, validate and test
         self._modes: list[tuple[nn.Module, bool]] = []  # of the modules whose mode was changed, as they were
         self._held: list[tuple[nn.Module, bool]] = []
 
     peft_type: ClassVar[str]
     """The method's name in files."""
+
+    layers: ClassVar[tuple[type[Injected], ...]] = ()
+    """What it puts into a model. A method that adds something has ``to_peft`` and ``from_peft`` too."""
+
+    inside: ClassVar[str] = INSIDE
+    """What stands before the names of the Hugging Face model's own tensors in the method's files."""
+
+    decides_alone: ClassVar[bool] = False
+    """Whether it says of every parameter of the base if it trains, so that no second method can."""
 
     default_lr: ClassVar[float]
     """A learning rate of AdamW that usually works, for those who name none."""
@@ -80,6 +93,7 @@ class FineTuning(Callback, ABC):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject now, or right after the module has built itself."""
+        self._refuse_others(trainer)
         hook = _last_builder(pl_module)
         self._precede_averaging(trainer, pl_module, hook)
         self._wrap_checkpoint_io(trainer)
@@ -126,13 +140,24 @@ class FineTuning(Callback, ABC):
     def record(self) -> dict[str, Any]:
         """Plain values from which :func:`lightning_ft.load_from_checkpoint` makes this callback again."""
         arguments = {name: _plain(getattr(self, name)) for name in signature(type(self)).parameters}
-        return {"method": type(self).__name__, "arguments": arguments, "base": self._fingerprint}
+        return {"method": type(self).__name__, "arguments": arguments}
 
     def _inject(self, model: nn.Module) -> None:
         names = self.inject(model)
-        if self._fingerprint is None:  # not again for each of fit, validate, test
+        if not self._told:
             rank_zero_info(f"{type(self).__name__}: {describe(model, names)}")
-        self._fingerprint = fingerprint(find_base(model, self.backbone))
+        self._told = True
+
+    def _refuse_others(self, trainer: Trainer) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        methods = [c for c in callbacks if isinstance(c, FineTuning) and c.backbone == self.backbone]
+        alone = next((type(method).__name__ for method in methods if method.decides_alone), None)
+        if alone and len(methods) > 1:
+            names = ", ".join(type(method).__name__ for method in methods)
+            raise InjectionError(
+                f"{alone} says of all parameters of the base which train, so that it can't be combined: the callbacks"
+                f" are {names}. Leave one out."
+            )
 
     def _precede_averaging(self, trainer: Trainer, pl_module: LightningModule, hook: str | None) -> None:
         """WeightAveraging copies the module in its own setup: it must find the module injected."""

@@ -108,7 +108,8 @@ def model_card(config: Mapping[str, Any], parameters: int, library: Library, fac
             f"A model card has no place for {', '.join(sorted(unknown))}; it takes {', '.join(Facts.__annotations__)}."
         )
     base = known.get("base") or config.get("base_model_name_or_path")
-    method = " ".join((known.get("method") or config.get("peft_type") or "Fine-tune").split())
+    kinds = [fields["peft_type"] for fields in config.get("methods", [config]) if "peft_type" in fields]
+    method = " ".join((known.get("method") or " and ".join(kinds) or "Fine-tune").split())
     auto_class, tag = _TASKS.get(config.get("task_type") or "", (None, None))
     over = _code(_last_part(base)) if base else "the model it was trained over"
     made_with = known.get("versions") or versions()
@@ -119,7 +120,7 @@ def model_card(config: Mapping[str, Any], parameters: int, library: Library, fac
         "Versions": {**made_with, "file format": f"PEFT {FORMAT}"} if library == "peft" else made_with,
     }
     parts = [
-        _front_matter(config, method, base, tag, library, known),
+        _front_matter([TAG, *(kind.lower() for kind in kinds)], method, base, tag, library, known),
         f"# {method} over {over}",
         f"Fine-tuned with lightning_ft. This folder holds {parameters:,} parameters{_share(known)}.",
         _scores(known.get("scores") or ()),
@@ -135,7 +136,7 @@ def model_card(config: Mapping[str, Any], parameters: int, library: Library, fac
 
 
 def _front_matter(
-    config: Mapping[str, Any], method: str, base: str | None, tag: str | None, library: Library, facts: Facts
+    tags: list[str], method: str, base: str | None, tag: str | None, library: Library, facts: Facts
 ) -> str:
     data = _last_part(facts.get("data"))
     on_hub = [data] if data and facts.get("data_on_hub") else None
@@ -156,7 +157,7 @@ def _front_matter(
         library_name=library,
         base_model=base if base and _is_on_hub(base) else None,
         pipeline_tag=tag,
-        tags=[TAG, *([config["peft_type"].lower()] if "peft_type" in config else [])],
+        tags=tags,
         datasets=on_hub,
         metrics=list(dict.fromkeys(score["type"] for score in scores)) or None,
         model_name=f"{method} over {_last_part(base)}" if results else None,
@@ -206,7 +207,9 @@ def _loading(library: Library, base: str | None, auto_class: str | None, labels:
 
 
 def _settings(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
-    settings = facts.get("settings") or {key: config[key] for key in sorted(config.keys() - _NO_SETTINGS)}
+    settings = dict(facts.get("settings") or {key: config[key] for key in sorted(config.keys() - _NO_SETTINGS)})
+    for fields in settings.pop("methods", ()):
+        settings |= {f"{fields['peft_type']} {key}": fields[key] for key in sorted(fields.keys() - _NO_SETTINGS)}
     off: tuple[Any, ...] = (None, "none", [])
     return {key: value for key, value in settings.items() if value is not False and value not in off}
 

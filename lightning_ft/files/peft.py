@@ -26,8 +26,10 @@ CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "REA
 INSIDE, OUTSIDE = "base_model.model.", "lightning_module."
 OF_BASE = ".base_layer."  # in names of base weights, of which PEFT adds a copy if an embedding is a target
 
-OWN_TYPES = frozenset({"PARTIAL"})
+OWN_TYPES = frozenset({"PARTIAL", "COMBINED"})
 """The values of ``peft_type`` that stock PEFT doesn't know."""
+
+_OF_WRAPPERS = (".modules_to_save.", ".original_module.")
 
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -106,6 +108,8 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except ValueError as error:
         raise StateError(f"'{directory / CONFIG}' isn't a valid JSON object: {error}.") from error
     try:
-        return config, load_file(directory / WEIGHTS)
+        tensors = load_file(directory / WEIGHTS)
     except SafetensorError as error:
         raise StateError(f"'{directory / WEIGHTS}' is damaged or incomplete: {error}.") from error
+    # With bias="all" PEFT writes a head's bias under the names of its wrapper too.
+    return config, {key: t for key, t in tensors.items() if not any(part in key for part in _OF_WRAPPERS)}

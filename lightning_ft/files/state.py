@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.injection import Base, Injected, injected_names
+from lightning_ft.injection import Base, injected_names
 
 
 class StateError(RuntimeError):
@@ -28,8 +28,7 @@ def frozen_modules(base: Base) -> Iterator[tuple[str, nn.Module]]:
     if base.is_trained_whole():
         return
     for name, module in base.named_modules():
-        added = type(module)._mixins if isinstance(module, Injected) else ()
-        own = {key for mixin in added for key in mixin.adds}
+        own = {key for mixin in getattr(module, "_mixins", ()) for key in mixin.adds}
         if not any(p.requires_grad for key, p in module.named_parameters(recurse=False) if key not in own):
             yield name, module
 
@@ -60,7 +59,8 @@ def frozen_keys(model: nn.Module, base: Base) -> set[str]:
 def method_keys(model: nn.Module, base: Base) -> set[str]:
     """The keys of what a method trains in the pretrained model: what it added, what isn't frozen, the head."""
     trained = {id(p) for p in base.root.parameters() if p.requires_grad}
-    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in trained}
+    whole = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in trained}
+    return whole | {base.prefixed(name) for name in injected_names(base.root)}
 
 
 def trained_state(state: Mapping[str, Any], frozen: set[str]) -> dict[str, Any]:

@@ -9,8 +9,11 @@ saved, counted, merged or removed is derived from the marker and ``requires_grad
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -29,21 +32,40 @@ class Injected:
 
     Attributes:
         method: the ``peft_type`` of the room that the layer belongs to, e.g. ``"LORA"``.
+        acts_on: what of the module it changes: its ``"weights"``, its ``"outputs"``, its ``"inputs"``. Two
+            methods can share a module if they act on different things; weights are the innermost.
         slot: name of the instance attribute that holds the layer's settings (a plain, comparable value).
         adds: the parameters that it adds, each with its name in PEFT's files.
+        keeps: fixed tensors that it needs beside them, kept as buffers and saved in checkpoints.
     """
 
     method: ClassVar[str]
+    acts_on: ClassVar[str]
     slot: ClassVar[str]
     adds: ClassVar[Mapping[str, str]]
+    keeps: ClassVar[tuple[str, ...]] = ()
 
     # Set on the classes that `_combine` makes.
     _mixins: ClassVar[tuple[type[Injected], ...]] = ()
     _original: ClassVar[type[nn.Module]]
 
-    def fold(self) -> None:
-        """Write what was added into the module's own weights (called by ``merge``, which then detaches)."""
-        raise NotImplementedError(f"{type(self).__name__} can't be merged into the module's weights.")
+    def folded(self, weight: Tensor) -> dict[str, Tensor]:
+        """The module's own parameters as they are with what was added written into them.
+
+        Args:
+            weight: the module's weight, dense.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def file_key(cls, prefix: str, path: str, name: str) -> str:
+        """The key in the files of what is called ``name`` there, of the module at ``path``."""
+        return f"{prefix}{path}.{name}"
+
+    @classmethod
+    def in_files(cls, layer: Any) -> dict[str, Tensor]:
+        """What the files hold of it: the values of :attr:`adds` by their names there, unless a method says more."""
+        return {name: getattr(layer, key).detach() for key, name in cls.adds.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # `module.to(bfloat16)`, as precision plugins call it, must not touch what is trained: in bf16 an
@@ -51,7 +73,7 @@ class Injected:
         own = {
             id(tensor)
             for name in _added(type(self))
-            for tensor in (self._parameters[name], self._parameters[name].grad)  # type: ignore[attr-defined]
+            for tensor in (getattr(self, name), getattr(self, name).grad)
             if tensor is not None
         }
 
@@ -74,10 +96,14 @@ class Injected:
 
 @functools.cache
 def _combine(mixins: tuple[type[Injected], ...], original: Any) -> Any:
-    """The class of an ``original`` that carries ``mixins``; the first one's forward is the outermost."""
+    """The class of an ``original`` that carries ``mixins``; the first one's forward is the outermost.
+
+    It has the original's name: transformers keeps what it knows of a model under that.
+    """
     if not mixins:
         return original
-    return type(mixins[0].__name__, (*mixins, original), {"_mixins": mixins, "_original": original})
+    named = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(original.__name__, (*mixins, original), {**named, "_mixins": mixins, "_original": original})
 
 
 def _new(mixins: tuple[type[Injected], ...], original: Any) -> Any:
@@ -86,7 +112,7 @@ def _new(mixins: tuple[type[Injected], ...], original: Any) -> Any:
 
 
 def _added(cls: type) -> list[str]:
-    return [name for mixin in cls._mixins for name in mixin.adds]  # type: ignore[attr-defined]
+    return [name for mixin in cls._mixins for name in (*mixin.adds, *mixin.keeps)]  # type: ignore[attr-defined]
 
 
 def attach(model: nn.Module, name: str, mixin: type[Injected], settings: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -98,31 +124,85 @@ def attach(model: nn.Module, name: str, mixin: type[Injected], settings: Any, te
         mixin: what to add; its class attribute ``adds`` names the parameters.
         settings: a plain value, kept on the module as ``mixin.slot``. Attaching the same mixin again
             with equal settings does nothing.
-        tensors: a value for each name of ``mixin.adds``; kept in fp32 on the device of the module's weight.
+        tensors: a value for each name of ``mixin.adds`` and ``mixin.keeps``; kept in fp32 on the module's device.
 
     Raises:
-        InjectionError: if the module already carries this method with other settings, or if its forward
-            isn't the one that runs (``nn.MultiheadAttention.out_proj``, a forward replaced on the instance).
+        InjectionError: as :func:`check_attachable`.
     """
-    module: Any = model.get_submodule(name)
-    if isinstance(module, Injected) and any(issubclass(m, mixin) for m in module._mixins):
-        if getattr(module, mixin.slot) != settings:
-            raise InjectionError(
-                f"'{name}' already carries {mixin.method} with {getattr(module, mixin.slot)}; asked for"
-                f" {settings}. Use the same settings, or merge or remove what is there first."
-            )
+    if carries(model, name, mixin, settings):
         return
-    check_attachable(model, name)
-
-    device = next((p.device for p in module.parameters(recurse=False)), torch.device("cpu"))
+    check_attachable(model, name, mixin)
+    module: Any = model.get_submodule(name)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
     mixins: Any = getattr(module, "_mixins", ())
     original: Any = getattr(module, "_original", type(module))
-    module.__class__ = _combine((mixin, *mixins), original)
+    stacked = (*mixins, mixin) if mixin.acts_on == "weights" else (mixin, *mixins)
+    module.__class__ = _combine(stacked, original)
     setattr(module, mixin.slot, settings)
     for key in mixin.adds:
-        value = tensors[key].to(device=device, dtype=torch.float32)
-        module.register_parameter(key, nn.Parameter(value))
+        module.register_parameter(key, nn.Parameter(tensors[key].to(device=device, dtype=torch.float32)))
+    for key in mixin.keeps:
+        module.register_buffer(key, tensors[key].to(device=device, dtype=torch.float32))
     _leave_fast_path(model, name)
+
+
+def carries(model: nn.Module, name: str, mixin: type[Injected], settings: Any) -> bool:
+    """Whether ``model.get_submodule(name)`` is an instance of ``mixin`` already, with these settings.
+
+    Raises:
+        InjectionError: if it is one with other settings.
+    """
+    module: Any = model.get_submodule(name)
+    if mixin not in getattr(module, "_mixins", ()):
+        return False
+    if getattr(module, mixin.slot) != settings:
+        raise InjectionError(
+            f"'{name}' already carries {mixin.method} with {getattr(module, mixin.slot)}; asked for"
+            f" {settings}. Use the same settings, or merge or remove what is there first."
+        )
+    return True
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is to be put onto one module: the mixin, its settings, and how its tensors start."""
+
+    mixin: type[Injected]
+    settings: Any
+    start: Callable[[], Mapping[str, Tensor]]
+
+
+def inject_layers(base: Base, plan: Mapping[str, Layer], method: str, saved: Sequence[str] = ()) -> list[str]:
+    """Freeze ``base`` and attach what ``plan`` says, all or nothing; doing it twice is doing it once.
+
+    Args:
+        base: where.
+        plan: a layer for each path, relative to the base's root.
+        method: the name of the method that asks, for messages and for :func:`freeze_base`.
+        saved: paths of modules to train whole.
+
+    Returns:
+        The paths in the model that was searched.
+
+    Raises:
+        InjectionError: if the base carries this method elsewhere or otherwise, or a module can't carry it.
+    """
+    kinds = {layer.mixin.method for layer in plan.values()}
+    present = [name for name, layer in injected_modules(base.root) if any(m.method in kinds for m in layer._mixins)]
+    if present and set(present) != set(plan):
+        raise InjectionError(
+            f"The model already carries {method} on {len(present)} modules ({', '.join(present[:3])}, …), and this"
+            f" {method} names {len(plan)} others. Merge or remove it first."
+        )
+    new = {name: layer for name, layer in plan.items() if not carries(base.root, name, layer.mixin, layer.settings)}
+    for name, layer in new.items():
+        check_attachable(base.root, name, layer.mixin)
+    _refuse_tied(base.root, [name for name, layer in new.items() if layer.mixin.acts_on == "weights"], method)
+    starts = {name: layer.start() for name, layer in new.items()}
+    freeze_base(base, method, saved)  # from here on nothing is refused, and the model changes
+    for name, layer in new.items():
+        attach(base.root, name, layer.mixin, layer.settings, starts[name])
+    return [base.prefixed(name) for name in plan]
 
 
 def detach(model: nn.Module, name: str, mixin: type[Injected] | None = None) -> None:
@@ -130,7 +210,7 @@ def detach(model: nn.Module, name: str, mixin: type[Injected] | None = None) -> 
     module: Any = model.get_submodule(name)
     removed = tuple(m for m in getattr(module, "_mixins", ()) if mixin is None or issubclass(m, mixin))
     for gone in removed:
-        for key in gone.adds:
+        for key in (*gone.adds, *gone.keeps):
             delattr(module, key)
         delattr(module, gone.slot)
     if removed:
@@ -147,34 +227,37 @@ def injected_modules(model: nn.Module) -> Iterator[tuple[str, Injected]]:
 
 
 def injected_names(model: nn.Module) -> set[str]:
-    """The full names of all parameters that methods added to ``model``."""
+    """The full names of all parameters and buffers that methods added to ``model``."""
     return {
         f"{name}.{key}" if name else key for name, module in injected_modules(model) for key in _added(type(module))
     }
 
 
-def freeze_base(base: Base, saved: Sequence[str] = ()) -> None:
+def freeze_base(base: Base, method: str, saved: Sequence[str] = ()) -> None:
     """Stop training the pretrained base, save what methods added and the modules ``saved`` of its root.
 
     What was frozen is remembered on the root, so that :func:`thaw` can give it back. Doing it twice is doing
-    it once.
+    it once; what another method trains goes on training.
 
     Raises:
-        InjectionError: if it was frozen before with other ``saved``, which would then stop training unsaid.
+        InjectionError: if ``method`` froze it before with other ``saved``, which would then stop training unsaid.
     """
     of_base = [name for name, _ in base.named_modules() if name in saved]
-    record = vars(base.root).setdefault(_FROZEN, {"parameters": [], "saved": of_base})
-    if record["saved"] != of_base:
+    record = vars(base.root).get(_FROZEN) or {"parameters": [], "saved": {}}
+    before = record["saved"].get(method, of_base)
+    if before != of_base:
         raise InjectionError(
             f"modules_to_save names {', '.join(of_base) or 'nothing'} of the base, and it was fine-tuned before with"
-            f" {', '.join(record['saved']) or 'nothing'} in it. Use the same, or merge first."
+            f" {', '.join(before) or 'nothing'} in it. Use the same, or merge first."
         )
     added = injected_names(base.root)
-    for part in base.frozen:
+    for part in base.frozen if not record["saved"] else ():
         for name, parameter in base.root.get_submodule(part).named_parameters(prefix=part):
             if parameter.requires_grad and name not in added:
                 parameter.requires_grad_(False)
                 record["parameters"].append(name)
+    record["saved"][method] = of_base
+    setattr(base.root, _FROZEN, record)
     unfreeze(base.root.get_submodule(name) for name in saved)
 
 
@@ -183,6 +266,28 @@ def thaw(model: nn.Module) -> None:
     for root in list(model.modules()):
         for name in vars(root).pop(_FROZEN, {"parameters": []})["parameters"]:
             root.get_parameter(name).requires_grad_(True)
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Take off what was injected, and thaw what was frozen, within the block if it raises."""
+    carried = {module: module._mixins for _, module in injected_modules(model)}
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    records = [(module, copy.deepcopy(vars(module).get(_FROZEN))) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for name, module in list(injected_modules(model)):
+            for mixin in module._mixins:
+                if mixin not in carried.get(module, ()):
+                    detach(model, name, mixin)
+        for owner, record in records:
+            vars(owner).pop(_FROZEN, None)
+            if record is not None:
+                setattr(owner, _FROZEN, record)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
 
 
 def refuse_injected(base: Base, method: str) -> None:
@@ -202,9 +307,20 @@ def unfreeze(modules: Iterable[nn.Module]) -> None:
                 parameter.requires_grad_(True)
 
 
-def check_attachable(model: nn.Module, name: str) -> None:
-    """Raise InjectionError if what is attached to ``model.get_submodule(name)`` would never run, or go astray."""
+def check_attachable(model: nn.Module, name: str, mixin: type[Injected]) -> None:
+    """See that ``mixin`` would run on ``model.get_submodule(name)``, and not go astray.
+
+    Raises:
+        InjectionError: if the module's forward isn't the one that runs (``nn.MultiheadAttention.out_proj``, a
+            forward replaced on the instance), it is sharded, or another method acts on the same thing of it.
+    """
     module, parent = model.get_submodule(name), parent_of(model, name)
+    rivals = [other for other in getattr(module, "_mixins", ()) if other.acts_on == mixin.acts_on]
+    if rivals:
+        raise InjectionError(
+            f"'{name}' already carries {rivals[0].method}, and {mixin.method} would act on its {mixin.acts_on} too."
+            " Use one of the two there: name other modules, or merge or remove what is there first."
+        )
     if any(type(parameter).__name__ == "DTensor" for parameter in module.parameters(recurse=False)):
         raise InjectionError(
             f"'{name}' is sharded already (DTensor): what is injected now would differ between the ranks. Inject in"
@@ -220,6 +336,21 @@ def check_attachable(model: nn.Module, name: str) -> None:
             f"'{name}' can't be adapted: its forward was replaced on the instance (accelerate's device_map"
             " or offloading does so), and what is injected would never run. Load the model without it."
         )
+
+
+def _refuse_tied(root: nn.Module, names: Sequence[str], method: str) -> None:
+    """A weight that two modules share would be adapted in one of them and, once merged, changed in both."""
+    owners: dict[int, list[str]] = {}
+    for name, module in root.named_modules():
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            owners.setdefault(id(weight), []).append(name)
+    for sharing in owners.values():
+        if len(sharing) > 1 and (target := next((name for name in sharing if name in names), None)) is not None:
+            other = next(name for name in sharing if name != target)
+            raise InjectionError(
+                f"'{target}' shares its weight with '{other}': {method} would adapt the one, and a merge change both."
+                f" Leave '{target}' out of target_modules, or untie the two (tie_word_embeddings=False)."
+            )
 
 
 # In eval mode torch's TransformerEncoderLayer hands its weights to one fused kernel and calls no forward of

@@ -97,6 +97,9 @@ def resolve_targets(
     target_modules: str | Sequence[str] | None,
     supported: Callable[[nn.Module], bool],
     excluded: Iterable[str] = (),
+    exclude_modules: str | Sequence[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
 ) -> list[str]:
     """The modules of ``base`` that ``target_modules`` names, as paths relative to ``base.root``.
 
@@ -109,6 +112,9 @@ def resolve_targets(
             choice for the architecture, or ``"attention"``, or where there is none, ``"all-linear"``.
         supported: whether the method knows this kind of module.
         excluded: paths that are trained whole and so aren't targets.
+        exclude_modules: what of the found is left out, written as ``target_modules`` is.
+        layers_to_transform: indices of the layers to stay in; not with a regular expression, which can say it.
+        layers_pattern: name of the list of layers, where it isn't the first numbered one (``"layer"``, ``"h"``).
 
     Raises:
         InjectionError: if a pattern matches nothing, or names a module that isn't supported.
@@ -130,6 +136,11 @@ def resolve_targets(
         found = _match_regex(target_modules, names)
     else:
         found = _match_suffixes(target_modules, names)
+    found = _left_in(found, names, exclude_modules)
+    if layers_to_transform is not None:
+        if isinstance(target_modules, str) and target_modules not in ("all-linear", "attention"):
+            raise InjectionError("layers_to_transform doesn't go with a regular expression: write the layers in it.")
+        found = _in_layers(found, layers_to_transform, layers_pattern)
     if not found:
         raise InjectionError(
             f"target_modules={target_modules!r} matches no module of {type(base.root).__name__}."
@@ -143,6 +154,41 @@ def resolve_targets(
             f" ({', '.join(kinds)}): {', '.join(wrong[:5])}. Name the layers inside them."
         )
     return found
+
+
+def _left_in(found: list[str], names: dict[str, nn.Module], exclude_modules: str | Sequence[str] | None) -> list[str]:
+    if not exclude_modules:
+        return found
+    if isinstance(exclude_modules, str):
+        out = set(_match_regex(exclude_modules, names, "exclude_modules"))
+    else:
+        out = set(_match_suffixes(exclude_modules, names, "exclude_modules"))
+    left = [name for name in found if name not in out]
+    if found and not left:
+        raise InjectionError(f"exclude_modules={exclude_modules!r} leaves out all that target_modules names.")
+    return left
+
+
+def _in_layers(
+    found: list[str], layers_to_transform: int | Sequence[int], layers_pattern: str | Sequence[str] | None
+) -> list[str]:
+    wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform)
+    lists = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or [r"[^.]*"]
+    layer_of = {name: int(match[1]) for name in found if (match := _layer_index(name, lists)) is not None}
+    there = sorted(set(layer_of.values()))
+    missing = [layer for layer in wanted if layer not in there]
+    if missing:
+        raise InjectionError(
+            f"layers_to_transform: there is no layer {', '.join(map(str, missing))} among the targets; they lie in"
+            f" {', '.join(map(str, there)) or 'no numbered layers'}. layers_pattern names the list of layers."
+        )
+    return [name for name in found if layer_of.get(name) in wanted]
+
+
+def _layer_index(name: str, lists: Sequence[str]) -> re.Match[str] | None:
+    # Lazy: the first numbered segment is the layer, a later one an expert in it.
+    matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in lists)
+    return next((match for match in matches if match is not None), None)
 
 
 def match_modules(base: Base, modules_to_save: Sequence[str] | None) -> list[str]:
@@ -224,11 +270,11 @@ def _inside_attention(root: nn.Module, name: str) -> bool:
     return any("attention" in type(ancestor).__name__.lower() for ancestor in ancestors)
 
 
-def _match_regex(pattern: str, names: Iterable[str]) -> list[str]:
+def _match_regex(pattern: str, names: Iterable[str], argument: str = "target_modules") -> list[str]:
     try:
         return [name for name in names if re.fullmatch(pattern, name)]
     except re.error as error:
-        raise InjectionError(f"target_modules={pattern!r} isn't a valid regular expression: {error}.") from error
+        raise InjectionError(f"{argument}={pattern!r} isn't a valid regular expression: {error}.") from error
 
 
 def _match_suffixes(

@@ -21,6 +21,7 @@ class FullFineTuning(FineTuning):
         super().__init__(backbone=backbone)
 
     peft_type: ClassVar[str] = "PARTIAL"
+    decides_alone: ClassVar[bool] = True
     default_lr: ClassVar[float] = 5e-5
 
     def inject(self, model: nn.Module) -> list[str]:

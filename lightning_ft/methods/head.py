@@ -22,13 +22,14 @@ class HeadOnly(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PARTIAL"
+    decides_alone: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-2
 
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base; see :meth:`FineTuning.inject`."""
         base = find_base(model, self.backbone)
         refuse_injected(base, "HeadOnly")
-        freeze_base(base, match_modules(base, self.modules_to_save))
+        freeze_base(base, "HeadOnly", match_modules(base, self.modules_to_save))
         if not any(p.requires_grad for p in model.parameters()):
             raise InjectionError(
                 f"HeadOnly leaves nothing of {type(model).__name__} to train: all of its parameters are in the"

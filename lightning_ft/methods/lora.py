@@ -1,66 +1,84 @@
-"""LoRA: low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+"""LoRA: low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685), and its family.
 
 The pretrained weight W stays as it is; beside it a product of two thin matrices is trained (equation 3):
 
-    h = W x + (alpha / r) · B A x        W (out, in), A (r, in), B (out, r)
+    h = W x + s · B A x        W (out, in), A (r, in), B (out, r), s = alpha / r
 
 A starts random and B at zero, so that training starts from the pretrained model. After training the product
-can be folded into W, and inference costs what it did.
+can be folded into W, and inference costs what it did. The family changes one thing each:
+
+    rsLoRA         s = alpha / √r                                    https://arxiv.org/abs/2312.03732, equation 7
+    DoRA           h = m ∘ (W + s B A) x / ‖W + s B A‖, m trained    https://arxiv.org/abs/2402.09353, equation 5
+    PiSSA, OLoRA   h = (W - s B₀ A₀) x + s B A x, starting at A = A₀ and B = B₀, the principal part of W
+                   (https://arxiv.org/abs/2404.02948) or of its QR decomposition (https://arxiv.org/abs/2406.01775)
+    LoRA+          B learns at a higher rate than A                  https://arxiv.org/abs/2402.12354
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.injection import (
+    Base,
     Injected,
     InjectionError,
-    attach,
-    check_attachable,
+    Layer,
     find_base,
-    freeze_base,
+    inject_layers,
     is_conv1d,
     match_modules,
     resolve_targets,
 )
 
-Init = Literal["kaiming", "gaussian"]
+Init = Literal["kaiming", "gaussian", "pissa", "olora"]
+Bias = Literal["none", "all", "lora_only"]
 
 # ---------------------------------------------------------------------------------------------- the maths
 
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """What a LoRA layer needs to know: rank, alpha and the dropout on its input."""
+    """What a LoRA layer needs to know: rank, alpha, the dropout on its input, and how alpha scales."""
 
     r: int
     alpha: float
     dropout: float = 0.0
+    use_rslora: bool = False
 
     @property
     def scaling(self) -> float:
-        """alpha / r."""
-        return self.alpha / self.r
+        """alpha / r, or alpha / √r."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def __str__(self) -> str:
-        return f"(r={self.r}, alpha={self.alpha:g}, dropout={self.dropout:g})"
+        rslora = ", rslora" if self.use_rslora else ""
+        return f"(r={self.r}, alpha={self.alpha:g}, dropout={self.dropout:g}{rslora})"
 
 
 class LoRALayer(Injected):
-    """``h = W x + (alpha / r) · B A dropout(x)``, beside whatever the module itself computes."""
+    """``h = W x + s · B A dropout(x)``, beside whatever the module itself computes."""
 
     method = "LORA"
+    acts_on = "weights"
     slot = "lora"
     adds: ClassVar[Mapping[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    out_axis: ClassVar[int] = 0
+    """The dimension of the module's weight that is its output's."""
 
     lora: LoRASettings
     lora_A: nn.Parameter  # (r, in)
@@ -77,30 +95,43 @@ class LoRALayer(Injected):
     def low_rank(self, x: Tensor) -> Tensor:
         """``B A dropout(x)``: (..., in) to (..., out)."""
         x = F.dropout(x.to(self.lora_A.dtype), self.lora.dropout, self.training)
-        return F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return self.project(x, self.lora_A, self.lora_B)
+
+    def project(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """``B A x``."""
+        return F.linear(F.linear(x, a), b)
 
     def delta(self) -> Tensor:
-        """``(alpha / r) · B A`` in the shape of the module's weight."""
-        return self.lora.scaling * (self.lora_B @ self.lora_A)
+        """``s · B A`` in the shape of the module's weight."""
+        return self.lora.scaling * self.product(self.lora_A, self.lora_B)
 
-    @torch.no_grad()
-    def fold(self) -> None:
-        """``W ← W + (alpha / r) · B A``, summed in fp32 or more."""
-        self.weight.copy_(self.weight + self.delta())  # torch adds in the wider of the two dtypes
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``B A`` in the shape of the module's weight."""
+        return b @ a
 
-    @staticmethod
-    def sizes(module: Any) -> tuple[int, int]:
-        """(in, out) of the module to adapt."""
-        return module.in_features, module.out_features
+    def folded(self, weight: Tensor) -> dict[str, Tensor]:
+        """``W + s · B A``, summed in fp32 or more."""
+        return {"weight": weight + self.delta()}  # torch adds in the wider of the two dtypes
 
-    @staticmethod
-    def start(a: Tensor, b: Tensor, init: Init) -> None:
-        """A random, B zero."""
+    @classmethod
+    def start(cls, module: Any, settings: LoRASettings, init: Init) -> dict[str, Tensor]:
+        """Values for what is added to ``module``: A random, B zero."""
+        a_shape, b_shape = cls.shapes(module, settings.r)
+        a = torch.empty(a_shape)
         if init == "gaussian":
-            nn.init.normal_(a, std=1 / a.shape[0])
+            nn.init.normal_(a, std=1 / settings.r)
         else:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        nn.init.zeros_(b)
+        return {"lora_A": a, "lora_B": torch.zeros(b_shape)}
+
+    @staticmethod
+    def shapes(module: Any, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B for this module."""
+        return (r, module.in_features), (module.out_features, r)
+
+    def as_plain(self) -> LoRASettings:
+        """The settings of the plain LoRA that :meth:`in_files` writes."""
+        return self.lora
 
 
 class LoRALinear(LoRALayer):
@@ -110,124 +141,229 @@ class LoRALinear(LoRALayer):
 class LoRAConv1D(LoRALayer):
     """LoRA on Hugging Face's ``Conv1D``, whose weight is stored as (in, out)."""
 
-    def delta(self) -> Tensor:
-        """``(alpha / r) · (B A)ᵀ``."""
-        return super().delta().T
+    out_axis = 1
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``(B A)ᵀ``."""
+        return (b @ a).T
 
     @staticmethod
-    def sizes(module: Any) -> tuple[int, int]:
-        """(in, out) of the module to adapt."""
-        return tuple(module.weight.shape)
+    def shapes(module: Any, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B for this module."""
+        n_in, n_out = module.weight.shape
+        return (r, n_in), (n_out, r)
 
 
 class LoRAEmbedding(LoRALayer):
-    """LoRA on ``nn.Embedding``: a row of W plus ``(alpha / r) · B A[:, token]``; A (r, tokens), B (width, r)."""
+    """LoRA on ``nn.Embedding``: a row of W plus ``s · B A[:, token]``; A (r, tokens), B (width, r)."""
 
     adds: ClassVar[Mapping[str, str]] = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+    out_axis = 1
     padding_idx: int | None
 
     def low_rank(self, x: Tensor) -> Tensor:
         """(...) token ids to (..., width). There is no dropout, since ids have none."""
         return F.embedding(x, self.lora_A.T, self.padding_idx) @ self.lora_B.T
 
-    def delta(self) -> Tensor:
-        """``(alpha / r) · (B A)ᵀ``. A padding row gets no gradient, so that its column of A stays zero."""
-        return super().delta().T
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``(B A)ᵀ``. A padding row gets no gradient, so that its column of A stays zero."""
+        return (b @ a).T
 
-    @staticmethod
-    def sizes(module: Any) -> tuple[int, int]:
-        """(in, out) of the module to adapt."""
-        return module.num_embeddings, module.embedding_dim
-
-    @staticmethod
-    def start(a: Tensor, b: Tensor, init: Init) -> None:  # noqa: ARG004
+    @classmethod
+    def start(cls, module: Any, settings: LoRASettings, init: Init) -> dict[str, Tensor]:  # noqa: ARG003
         """A zero, B random, as in the authors' own code: rows of A are met one at a time."""
-        nn.init.zeros_(a)
-        nn.init.normal_(b)
+        a_shape, b_shape = cls.shapes(module, settings.r)
+        return {"lora_A": torch.zeros(a_shape), "lora_B": torch.randn(b_shape)}
+
+    @staticmethod
+    def shapes(module: Any, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B for this module."""
+        return (r, module.num_embeddings), (module.embedding_dim, r)
 
 
-def layer_for(module: nn.Module) -> type[LoRALayer] | None:
+class LoRAConv(LoRALayer):
+    """LoRA on a convolution: A (r, in, *kernel) is one of the same kind to r channels, B (out, r, 1, …) a 1x1 one."""
+
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    def project(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """(N, in, *size) to (N, out, *size): the module's own stride, padding and dilation, in A."""
+        pointwise = (F.conv1d, F.conv2d, F.conv3d)[b.ndim - 3]
+        return pointwise(self._conv_forward(x, a, None), b)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``B A`` as a kernel (out, in, *kernel)."""
+        return (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
+
+    @staticmethod
+    def shapes(module: Any, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B for this module."""
+        kernel = module.kernel_size
+        return (r, module.in_channels, *kernel), (module.out_channels, r, *(1 for _ in kernel))
+
+
+class DoRALayer(LoRALayer):
+    """``h = W' x`` with ``W' = m ∘ (W + s B A) / ‖W + s B A‖``, the norm over each output's weights.
+
+    The norm is a constant in the backward pass, as in section 4.3 of the paper. Dropout is on the low-rank part alone.
+    """
+
+    lora_magnitude_vector: nn.Parameter  # m: (out,), for convolutions (1, out, 1, …)
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """LoRA's output, without the bias times ``m / ‖W + s B A‖``."""
+        out = super().forward(input)
+        bias = getattr(self, "bias", None)
+        unbiased = out if bias is None else out - self.spread(bias, self.weight.ndim)
+        # As a difference, so that outputs are the base's to the bit as long as the ratio is 1.
+        return out + ((self.ratio(self.weight) - 1) * unbiased).to(out.dtype)
+
+    def ratio(self, weight: Tensor) -> Tensor:
+        """``m / ‖W + s B A‖``, in the shape of m."""
+        return self.lora_magnitude_vector / self.norms(weight + self.delta()).detach()
+
+    @classmethod
+    def norms(cls, weight: Tensor) -> Tensor:
+        """The norm of each output's weights, in the shape of m."""
+        inputs = [axis for axis in range(weight.ndim) if axis != cls.out_axis]
+        return cls.spread(torch.linalg.vector_norm(weight, dim=inputs), weight.ndim)
+
+    def folded(self, weight: Tensor) -> dict[str, Tensor]:
+        """``m ∘ (W + s B A) / ‖W + s B A‖``."""
+        by_output = [-1 if axis == self.out_axis else 1 for axis in range(weight.ndim)]
+        return {"weight": (weight + self.delta()) * self.ratio(weight).view(by_output)}
+
+    @classmethod
+    def start(cls, module: Any, settings: LoRASettings, init: Init) -> dict[str, Tensor]:
+        """A and B as in LoRA, m the norms of W, so that nothing changes at first."""
+        tensors = super().start(module, settings, init)
+        return {**tensors, "lora_magnitude_vector": cls.norms(module.weight.detach().float())}
+
+    @staticmethod
+    def spread(vector: Tensor, ndim: int) -> Tensor:  # noqa: ARG004
+        """A value for each output, (out,), in a shape that goes with the outputs of a weight of ``ndim`` dimensions."""
+        return vector
+
+
+_MAGNITUDE = {"lora_magnitude_vector": "lora_magnitude_vector"}
+
+
+class DoRALinear(DoRALayer, LoRALinear):
+    """DoRA on ``nn.Linear``."""
+
+    adds: ClassVar[Mapping[str, str]] = {**LoRALinear.adds, **_MAGNITUDE}
+
+
+class DoRAConv1D(DoRALayer, LoRAConv1D):
+    """DoRA on Hugging Face's ``Conv1D``."""
+
+    adds: ClassVar[Mapping[str, str]] = {**LoRAConv1D.adds, **_MAGNITUDE}
+
+
+class DoRAEmbedding(DoRALayer, LoRAEmbedding):
+    """DoRA on ``nn.Embedding``; m has a value for each feature."""
+
+    adds: ClassVar[Mapping[str, str]] = {**LoRAEmbedding.adds, **_MAGNITUDE}
+
+
+class DoRAConv(DoRALayer, LoRAConv):
+    """DoRA on a convolution; m has a value for each output channel."""
+
+    adds: ClassVar[Mapping[str, str]] = {**LoRAConv.adds, **_MAGNITUDE}
+
+    @staticmethod
+    def spread(vector: Tensor, ndim: int) -> Tensor:
+        """(out,) to (1, out, 1, …)."""
+        return vector.view(1, -1, *(1 for _ in range(ndim - 2)))
+
+
+class ResidualLayer(LoRALayer):
+    """PiSSA and OLoRA: ``h = W x + s · (B A - B₀ A₀) x``, with W as it was.
+
+    The papers take ``s B₀ A₀`` out of W. Kept beside it, the base stays the pretrained one: bare checkpoints load,
+    and :meth:`in_files` can write a plain LoRA of twice the rank that needs nothing but the base.
+    """
+
+    keeps = ("lora_A0", "lora_B0")
+    lora_A0: Tensor  # (r, in)
+    lora_B0: Tensor  # (out, r)
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """``B A dropout(x) - B₀ A₀ x``."""
+        return super().low_rank(x) - self.project(x.to(self.lora_A0.dtype), self.lora_A0, self.lora_B0)
+
+    def delta(self) -> Tensor:
+        """``s · (B A - B₀ A₀)``."""
+        return super().delta() - self.lora.scaling * self.product(self.lora_A0, self.lora_B0)
+
+    @classmethod
+    def start(cls, module: Any, settings: LoRASettings, init: Init) -> dict[str, Tensor]:
+        """A = A₀ and B = B₀, such that ``s B₀ A₀`` is the best approximation of W of that rank, or its Q R."""
+        weight = module.weight.detach().float()
+        a, b = _PRINCIPAL[init](weight.T if cls.out_axis else weight, settings.r)
+        share = settings.scaling**-0.5  # of s in each
+        a, b = (a * share, b * share) if init == "pissa" else (a, b)
+        return {"lora_A": a, "lora_B": b, "lora_A0": a.clone(), "lora_B0": b.clone()}
+
+    def as_plain(self) -> LoRASettings:
+        """Twice the rank with the same scaling."""
+        settings = self.lora
+        more = math.sqrt(2) if settings.use_rslora else 2
+        return LoRASettings(2 * settings.r, more * settings.alpha, settings.dropout, settings.use_rslora)
+
+    @classmethod
+    def in_files(cls, layer: Any) -> dict[str, Tensor]:
+        """``[B, -B₀] [A; A₀]``, as PEFT converts them too."""
+        a = torch.cat([layer.lora_A.detach(), layer.lora_A0])
+        b = torch.cat([layer.lora_B.detach(), -layer.lora_B0], dim=1)
+        return {cls.adds["lora_A"]: a, cls.adds["lora_B"]: b}
+
+
+def principal_part(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """``A₀ = √S Vᵀ`` (r, in) and ``B₀ = U √S`` (out, r) of the r largest singular values (PiSSA, equations 2 and 3)."""
+    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    root = s[:r].sqrt()
+    return root[:, None] * vt[:r], u[:, :r] * root
+
+
+def qr_part(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """``A₀ = R`` (r, in) and ``B₀ = Q`` (out, r), the first r of the QR decomposition (OLoRA, equation 4)."""
+    q, upper = torch.linalg.qr(weight)
+    return upper[:r].contiguous(), q[:, :r].contiguous()
+
+
+_PRINCIPAL = {"pissa": principal_part, "olora": qr_part}
+
+
+class ResidualLinear(ResidualLayer, LoRALinear):
+    """PiSSA or OLoRA on ``nn.Linear``."""
+
+
+class ResidualConv1D(ResidualLayer, LoRAConv1D):
+    """PiSSA or OLoRA on Hugging Face's ``Conv1D``."""
+
+
+Variant = Literal["plain", "dora", "residual"]
+_LINEAR: dict[Variant, type[LoRALayer]] = {"plain": LoRALinear, "dora": DoRALinear, "residual": ResidualLinear}
+_CONV1D: dict[Variant, type[LoRALayer]] = {"plain": LoRAConv1D, "dora": DoRAConv1D, "residual": ResidualConv1D}
+_EMBEDDING: dict[Variant, type[LoRALayer]] = {"plain": LoRAEmbedding, "dora": DoRAEmbedding}
+_CONV: dict[Variant, type[LoRALayer]] = {"plain": LoRAConv, "dora": DoRAConv}
+
+
+def layer_for(module: nn.Module, variant: Variant = "plain") -> type[LoRALayer] | None:
     """The LoRA layer for this kind of module, or None."""
+    if variant != "plain" and hasattr(getattr(module, "weight", None), "quant_state"):
+        return None  # DoRA and PiSSA compute with W itself, of which 4 bits hold a packed form
     if isinstance(module, nn.Linear):
-        return LoRALinear
+        return _LINEAR.get(variant)
     if isinstance(module, nn.Embedding):
         # One with a forward of its own (a scaled one) does more than look rows up.
-        return LoRAEmbedding if type(module).forward in (nn.Embedding.forward, LoRALayer.forward) else None
-    return LoRAConv1D if is_conv1d(module) else None
-
-
-# -------------------------------------------------------------------------------------------- the function
-
-
-def inject_lora(
-    model: nn.Module,
-    r: int = 8,
-    alpha: float = 16,
-    dropout: float = 0.0,
-    target_modules: str | Sequence[str] | None = None,
-    init_lora_weights: Init = "kaiming",
-    modules_to_save: Sequence[str] | None = None,
-    backbone: str | None = None,
-) -> list[str]:
-    """Freeze the base of ``model`` and put LoRA into it, in place.
-
-    Args and errors are those of :class:`LoRA`.
-
-    Returns:
-        Paths of the adapted modules in ``model``.
-    """
-    settings = _checked(r, alpha, dropout, init_lora_weights)
-    base = find_base(model, backbone)
-    saved = match_modules(base, modules_to_save)
-    names = resolve_targets(base, target_modules, lambda m: layer_for(m) is not None, excluded=saved)
-    present = [name for name, module in base.named_modules() if isinstance(module, LoRALayer)]
-    if present and set(present) != set(names):
-        raise InjectionError(
-            f"The model already carries LoRA on {len(present)} modules ({', '.join(present[:3])}, …), and"
-            f" target_modules={target_modules!r} names {len(names)} others. Merge or remove it first."
-        )
-    _refuse_tied(base.root, names)
-    for name in names:
-        check_attachable(base.root, name)
-    freeze_base(base, saved)  # from here on nothing is refused, and the model changes
-    for name in names:
-        module = base.root.get_submodule(name)
-        layer = layer_for(module)
-        assert layer is not None
-        n_in, n_out = layer.sizes(module)
-        a, b = torch.empty(r, n_in), torch.empty(n_out, r)
-        layer.start(a, b, init_lora_weights)
-        attach(base.root, name, layer, settings, {"lora_A": a, "lora_B": b})
-    return [base.prefixed(name) for name in names]
-
-
-def _checked(r: int, alpha: float, dropout: float, init_lora_weights: Init) -> LoRASettings:
-    if not isinstance(r, int) or r < 1:
-        raise ValueError(f"LoRA: r must be a whole number of at least 1, not {r!r}.")
-    if not isinstance(alpha, (int, float)) or not alpha > 0:
-        raise ValueError(f"LoRA: alpha must be a number above 0, not {alpha!r}.")
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"LoRA: dropout must be a number in [0, 1), not {dropout!r}.")
-    if init_lora_weights not in get_args(Init):
-        raise ValueError(
-            f"LoRA: init_lora_weights must be one of {', '.join(get_args(Init))}, not {init_lora_weights!r}."
-        )
-    return LoRASettings(r, alpha, dropout)
-
-
-def _refuse_tied(root: nn.Module, names: Sequence[str]) -> None:
-    """A weight that two modules share would be adapted in one of them and, once merged, changed in both."""
-    owners: dict[int, list[str]] = {}
-    for name, module in root.named_modules():
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
-            owners.setdefault(id(weight), []).append(name)
-    for sharing in owners.values():
-        if len(sharing) > 1 and (target := next((name for name in sharing if name in names), None)) is not None:
-            other = next(name for name in sharing if name != target)
-            raise InjectionError(
-                f"'{target}' shares its weight with '{other}': LoRA would adapt the one, and a merge change both."
-                f" Leave '{target}' out of target_modules, or untie the two (tie_word_embeddings=False)."
-            )
+        original = getattr(module, "_original", type(module))
+        return _EMBEDDING.get(variant) if original.forward is nn.Embedding.forward else None
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return _CONV.get(variant) if module.groups == 1 else None  # across groups there's no low rank to speak of
+    return _CONV1D.get(variant) if is_conv1d(module) else None
 
 
 # -------------------------------------------------------------------------------------------- the callback
@@ -244,18 +380,28 @@ class LoRA(FineTuning):
         dropout: probability of dropping an element of the adapter's input, in training.
         target_modules: what to adapt: names or ends of names, a regular expression, ``"all-linear"``,
             ``"attention"``, or by default the query and value projections of the architecture
-            (:func:`lightning_ft.injection.resolve_targets`).
-        init_lora_weights: how A starts: ``"kaiming"`` (uniform, as PEFT does by default) or ``"gaussian"`` (std 1/r).
+            (:func:`lightning_ft.injection.resolve_targets`). Linear layers, embeddings and convolutions can be.
+        exclude_modules, layers_to_transform, layers_pattern: what of them not, and in which layers.
+        rank_pattern, alpha_pattern: other values of ``r`` and ``alpha`` for modules whose path, or the end of it,
+            matches a regular expression: ``{"layer.0.*query": 16}``. The first that matches counts.
+        init_lora_weights: how A starts: ``"kaiming"`` (uniform, as PEFT does by default) or ``"gaussian"`` (std 1/r),
+            B at zero. Or both from W: ``"pissa"`` (its r largest singular values), ``"olora"`` (its QR decomposition).
+        use_rslora: scale by alpha / √r, which keeps the update's size as r grows.
+        use_dora: train the weights' norms apart from their directions; a step costs more, a merged model nothing.
+        bias: biases of the base that train too: ``"none"``, those of the adapted modules (``"lora_only"``), ``"all"``.
+        loraplus_lr_ratio: how many times the rate of A that of B is (LoRA+; its authors use 16 with a lower rate).
         modules_to_save, backbone: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
-        ValueError: for a rank below 1, or a dropout outside [0, 1).
+        ValueError: for a value out of its range, or settings that don't go together.
         InjectionError: on injection, see :meth:`FineTuning.inject`.
     """
 
     peft_type: ClassVar[str] = "LORA"
     default_lr: ClassVar[float] = 1e-3
-    layers: ClassVar[tuple[type[LoRALayer], ...]] = (LoRALinear, LoRAConv1D, LoRAEmbedding)
+    layers: ClassVar[tuple[type[Injected], ...]] = tuple(
+        layer for kind in (_LINEAR, _CONV1D, _EMBEDDING, _CONV) for layer in kind.values()
+    )
 
     def __init__(
         self,
@@ -263,43 +409,115 @@ class LoRA(FineTuning):
         alpha: float = 16,
         dropout: float = 0.0,
         target_modules: str | Sequence[str] | None = None,
+        *,
+        exclude_modules: str | Sequence[str] | None = None,
+        layers_to_transform: int | Sequence[int] | None = None,
+        layers_pattern: str | Sequence[str] | None = None,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
         init_lora_weights: Init = "kaiming",
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        bias: Bias = "none",
+        loraplus_lr_ratio: float = 1.0,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
     ) -> None:
         super().__init__(modules_to_save, backbone)
-        _checked(r, alpha, dropout, init_lora_weights)
+        for rank in (r, *(rank_pattern or {}).values()):
+            if not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"LoRA: r must be a whole number of at least 1, not {rank!r}.")
+        scales = [*(("alpha", a) for a in (alpha, *(alpha_pattern or {}).values()))]
+        for name, scale in (*scales, ("loraplus_lr_ratio", loraplus_lr_ratio)):
+            if not isinstance(scale, (int, float)) or not scale > 0:
+                raise ValueError(f"LoRA: {name} must be a number above 0, not {scale!r}.")
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"LoRA: dropout must be a number in [0, 1), not {dropout!r}.")
+        choices = {"init_lora_weights": (init_lora_weights, get_args(Init)), "bias": (bias, get_args(Bias))}
+        for name, (choice, known) in choices.items():
+            if choice not in known:
+                raise ValueError(f"LoRA: {name} must be one of {', '.join(known)}, not {choice!r}.")
+        if use_dora and init_lora_weights in _PRINCIPAL:
+            raise ValueError(f"LoRA: use_dora starts at the pretrained weight, and {init_lora_weights!r} splits it.")
         self.r, self.alpha, self.dropout = r, alpha, dropout
-        self.target_modules = target_modules
+        self.target_modules, self.exclude_modules = target_modules, exclude_modules
+        self.layers_to_transform, self.layers_pattern = layers_to_transform, layers_pattern
+        self.rank_pattern, self.alpha_pattern = rank_pattern, alpha_pattern
         self.init_lora_weights: Init = init_lora_weights
+        self.use_rslora, self.use_dora = use_rslora, use_dora
+        self.bias: Bias = bias
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self._hooks: list[RemovableHandle] = []
 
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base and put LoRA into it; see :meth:`FineTuning.inject`."""
-        return inject_lora(
-            model,
-            self.r,
-            self.alpha,
-            self.dropout,
+        base = find_base(model, self.backbone)
+        saved = match_modules(base, self.modules_to_save)
+        variant: Variant = "dora" if self.use_dora else "residual" if self.init_lora_weights in _PRINCIPAL else "plain"
+        names = resolve_targets(
+            base,
             self.target_modules,
-            self.init_lora_weights,
-            self.modules_to_save,
-            self.backbone,
+            lambda module: layer_for(module, variant) is not None,
+            saved,
+            self.exclude_modules,
+            self.layers_to_transform,
+            self.layers_pattern,
         )
+        ranks = by_pattern("rank_pattern", self.rank_pattern, names, self.r)
+        alphas = by_pattern("alpha_pattern", self.alpha_pattern, names, self.alpha)
+        plan = {}
+        for name in names:
+            module = base.root.get_submodule(name)
+            layer = layer_for(module, variant)
+            assert layer is not None
+            settings = LoRASettings(ranks[name], alphas[name], self.dropout, self.use_rslora)
+            plan[name] = Layer(layer, settings, partial(layer.start, module, settings, self.init_lora_weights))
+        new = not any(isinstance(base.root.get_submodule(name), LoRALayer) for name in names)
+        paths = inject_layers(base, plan, "LoRA", saved)
+        for parameter in _biases(base, names)[self.bias]:
+            parameter.requires_grad_(True)
+        if new and (advice := rank_advice(base.root, ranks)):
+            rank_zero_info(advice)
+        return paths
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See :class:`FineTuning`; with LoRA+, B takes longer steps from here on."""
+        super().on_fit_start(trainer, pl_module)
+        if self.loraplus_lr_ratio != 1:
+            own = [m for m in pl_module.modules() if isinstance(m, LoRALayer)]
+            for optimizer in trainer.optimizers:
+                self._hooks += lengthen_steps(optimizer, [layer.lora_B for layer in own], self.loraplus_lr_ratio)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See :class:`FineTuning`."""
+        super().teardown(trainer, pl_module, stage)
+        while self._hooks:
+            self._hooks.pop().remove()
 
     # ---------------------------------------------------------------------------------- in PEFT's files
 
     @staticmethod
-    def to_peft(layers: Mapping[str, Injected]) -> dict[str, Any]:
+    def to_peft(layers: Mapping[str, Injected], base: Base) -> dict[str, Any]:
         """The fields of PEFT's ``adapter_config.json`` for these layers, by path."""
-        settings = {layer.lora for layer in layers.values() if isinstance(layer, LoRALayer)}
-        (common,) = settings  # injection refuses a second one
+        settings = {name: layer.as_plain() for name, layer in layers.items() if isinstance(layer, LoRALayer)}
+        r = Counter(s.r for s in settings.values()).most_common(1)[0][0]
+        alpha = Counter(s.alpha for s in settings.values()).most_common(1)[0][0]
+        any_settings = next(iter(settings.values()))
+        trains = {
+            kind: bool(biases) and all(parameter.requires_grad for parameter in biases)
+            for kind, biases in _biases(base, list(layers)).items()
+        }
         return {
-            "r": common.r,
-            "lora_alpha": common.alpha,
-            "lora_dropout": common.dropout,
+            "r": r,
+            "lora_alpha": alpha,
+            "lora_dropout": any_settings.dropout,
             "target_modules": list(layers),
+            "rank_pattern": {f"^{re.escape(name)}": s.r for name, s in settings.items() if s.r != r},
+            "alpha_pattern": {f"^{re.escape(name)}": s.alpha for name, s in settings.items() if s.alpha != alpha},
+            "use_rslora": any_settings.use_rslora,
+            "use_dora": any(isinstance(layer, DoRALayer) for layer in layers.values()),
             "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
-            "bias": "none",
+            "bias": next((kind for kind in ("all", "lora_only") if trains[kind]), "none"),
             "init_lora_weights": True,
         }
 
@@ -312,25 +530,101 @@ class LoRA(FineTuning):
         Raises:
             ValueError: for variants of LoRA that change the equation and aren't known here.
         """
-        variants = (
-            "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "use_qalora", "use_bdlora",
-            "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "layer_replication",
-            "target_parameters", "trainable_token_indices",
+        unknown = (
+            "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
+            "monteclora_config", "layer_replication", "target_parameters", "trainable_token_indices",
         )  # fmt: skip
-        changes_base = ("pissa", "corda", "olora", "loftq", "lora_ga")
-        unknown = {
-            **dict.fromkeys(variants, bool),
-            "bias": lambda value: value not in (None, "none"),
-            "init_lora_weights": lambda value: str(value).startswith(changes_base),
-        }
-        found = [key for key, changes in unknown.items() if changes(config.get(key))]
+        found = [key for key in unknown if config.get(key)]
+        init = str(config.get("init_lora_weights", True))
+        if init.startswith(("pissa_niter", "corda", "loftq", "lora_ga")):  # they change W, and not reproducibly
+            found.append(f"init_lora_weights={init}")
         if found:
-            raise ValueError(f"This LoRA adapter uses {', '.join(found)}, which this version can't load.")
+            raise ValueError(
+                f"This LoRA adapter uses {', '.join(found)}, which this version can't load. One whose init changed the"
+                " base can be made a plain LoRA when PEFT saves it (path_initial_model_for_weight_conversion)."
+            )
         return cls(
-            config.get("r", 8),  # PEFT's own default
+            config.get("r", 8),  # PEFT's own defaults
             config.get("lora_alpha", 8),
             config.get("lora_dropout", 0.0),
             f"(?:{'|'.join(map(re.escape, targets))})",  # these paths, and none that ends like one of them
+            rank_pattern=_that_match(config.get("rank_pattern"), targets),
+            alpha_pattern=_that_match(config.get("alpha_pattern"), targets),
+            init_lora_weights="pissa" if init == "pissa" else "olora" if init == "olora" else "kaiming",
+            use_rslora=config.get("use_rslora", False),
+            use_dora=config.get("use_dora", False),
+            bias=config.get("bias", "none"),
             modules_to_save=modules_to_save,
             backbone=backbone,
         )
+
+
+def by_pattern(argument: str, patterns: Mapping[str, Any] | None, names: Sequence[str], default: Any) -> dict[str, Any]:
+    """A value for each name: that of the first pattern that its path, or the end of it, matches, as in PEFT.
+
+    Raises:
+        InjectionError: if a pattern matches none.
+    """
+    patterns = patterns or {}
+    for pattern in patterns:
+        if not any(_matches(pattern, name) for name in names):
+            raise InjectionError(f"{argument}: '{pattern}' matches none of the targets: {', '.join(names[:5])}, ….")
+    return {name: next((v for p, v in patterns.items() if _matches(p, name)), default) for name in names}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _that_match(patterns: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Any] | None:
+    kept = {p: value for p, value in (patterns or {}).items() if any(_matches(p, name) for name in names)}
+    return kept or None
+
+
+def _biases(base: Base, targets: Sequence[str]) -> dict[Bias, list[nn.Parameter]]:
+    """The biases of the base that each choice of ``bias`` trains."""
+    own = {name: getattr(module, "bias", None) for name, module in base.named_modules()}
+    biases = {name: bias for name, bias in own.items() if isinstance(bias, nn.Parameter)}
+    return {
+        "none": [],
+        "lora_only": [biases[name] for name in targets if name in biases],
+        "all": list(biases.values()),
+    }
+
+
+def rank_advice(root: nn.Module, ranks: Mapping[str, int]) -> str | None:
+    """What to say of ranks outside 1% to 10% of their module's smaller dimension, where there are such."""
+    sizes = {name: min(root.get_parameter(f"{name}.weight").shape[:2]) for name in ranks}
+    unusual = [name for name, r in ranks.items() if not 0.01 <= r / sizes[name] <= 0.1]
+    if not unusual:
+        return None
+    name = unusual[0]
+    usual = f"{max(1, math.ceil(sizes[name] / 100))} to {max(1, sizes[name] // 10)}"
+    return (
+        f"LoRA: r={ranks[name]} is {ranks[name] / sizes[name]:.1%} of the smaller dimension of '{name}' ({sizes[name]})"
+        f"{f' and {len(unusual) - 1} others' if len(unusual) > 1 else ''}; usual is 1% to 10%, here {usual}."
+    )
+
+
+def lengthen_steps(optimizer: Optimizer, parameters: Sequence[nn.Parameter], ratio: float) -> list[RemovableHandle]:
+    """Make each step of ``optimizer`` on ``parameters`` ``ratio`` times as long, as a higher learning rate would.
+
+    Every usual optimizer's step, weight decay included, is linear in the rate. Done behind the step, it needs no
+    parameter group of its own, so that the user's groups and schedules stay as they are.
+
+    Returns:
+        Handles that undo it.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = [parameter for parameter in parameters if id(parameter) in held]
+    before: list[Tensor] = []
+
+    def remember(*_: Any) -> None:
+        before[:] = [parameter.detach().clone() for parameter in own]
+
+    @torch.no_grad()
+    def lengthen(*_: Any) -> None:
+        for parameter, old in zip(own, before, strict=True):
+            parameter.copy_(old.lerp(parameter, ratio))
+
+    return [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(lengthen)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from commands import LABELS, TEXTS, call, predicted, probabilities, python, succeed
 from huggingface_hub import ModelCard
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from lightning_ft.apps import runs
@@ -79,17 +79,18 @@ def refused(run: Path, *arguments: str) -> str:
 
 
 def test_a_method_that_cannot_be_merged_is_to_be_exported(lora_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LoRALayer, "fold", Injected.fold)
+    monkeypatch.setattr(LoRALayer, "acts_on", "inputs")
     message = refused(lora_run)
-    assert "LoRALinear can't be merged into the module's weights" in message
+    assert "LORA can't be merged: it changes the inputs of 'model.bert." in message
     assert f"lightning-ft export run={lora_run} out=merged" in message
 
 
 def test_a_merge_that_would_change_predictions_is_refused(lora_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forget(layer: Any) -> None:
+    def forget(layer: LoRALayer, weight: Tensor) -> dict[str, Tensor]:
         """As if everything had been rounded away."""
+        return {"weight": weight}
 
-    monkeypatch.setattr(LoRALayer, "fold", forget)
+    monkeypatch.setattr(LoRALayer, "folded", forget)
     message = refused(lora_run)
     assert "a probability would change by 0." in message
     assert "float32" in message

@@ -92,6 +92,19 @@ def test_what_is_not_known_is_left_out() -> None:
     assert "None" not in text.replace("None is named", "")
 
 
+def test_each_of_several_methods_is_told() -> None:
+    methods = [{"peft_type": "LORA", "r": 4}, {"peft_type": "IA3", "target_modules": ["k"]}]
+    text = model_card({"peft_type": "COMBINED", "methods": methods}, 25, "lightning_ft")
+    assert front_matter(text) == {"library_name": "lightning_ft", "tags": ["lightning_ft", "lora", "ia3"]}
+    for told in (
+        "# LORA and IA3 over ",
+        "- LORA r: 4\n",
+        "- IA3 target_modules: `k`\n",
+        "Stock PEFT can't load it whole",
+    ):
+        assert told in text, told
+
+
 @pytest.mark.parametrize("odd", ODD, ids=ascii)
 def test_no_text_breaks_the_card(odd: str) -> None:
     facts: Facts = {

@@ -310,14 +310,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("variant", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"use_rslora": True}, "use_rslora"),
-        ({"rank_pattern": {"query": 4}}, "rank_pattern"),
-        ({"alpha_pattern": {"query": 4}}, "alpha_pattern"),
-        ({"bias": "all"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights=pissa_niter_2"),
         ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     ],
@@ -371,8 +365,8 @@ def test_another_size_of_head_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "says"),
     [
-        (tiny.gpt2, "GPT2LMHeadModel has no such module: it was made for another model"),
-        (tiny.bert, "BertModel has no such module: it was made for another model"),
+        (tiny.gpt2, "it was made for another model"),
+        (tiny.bert, "it was made for another model"),
         (lambda: tiny.bert_classifier(num_hidden_layers=1), "encoder.layer.1"),
         (lambda: tiny.bert_classifier(hidden_size=32), "has shape (2, 16), the model's (2, 32)"),
     ],
@@ -399,7 +393,7 @@ def test_incomplete_tensors_are_refused(lost: str, folder: Path) -> None:
 
 def test_a_folder_without_adapter_tensors_is_refused(folder: Path) -> None:
     save_file({"base_model.model.classifier.bias": torch.zeros(3)}, folder / WEIGHTS)
-    refused(tiny.bert_classifier(), folder, StateError, "adapts nothing")
+    refused(tiny.bert_classifier(), folder, StateError, "adapts no module")
 
 
 def test_a_config_that_contradicts_its_tensors_is_refused(folder: Path) -> None:

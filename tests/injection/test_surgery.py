@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_ft
-from lightning_ft import inject_lora
+from lightning_ft import LoRA
 from lightning_ft.injection import (
     Injected,
     InjectionError,
@@ -30,7 +30,7 @@ from lightning_ft.injection import (
 
 
 class Shift(Injected):
-    method, slot = "SHIFT", "shift"
+    method, acts_on, slot = "SHIFT", "outputs", "shift"
     adds: ClassVar = {"offset": "offset"}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Shift(Injected):
 
 
 class Scale(Injected):
-    method, slot = "SCALE", "scale"
+    method, acts_on, slot = "SCALE", "inputs", "scale"
     adds: ClassVar = {"factor": "factor", "extra": "extra"}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def test_attaching_keeps_what_was_and_detaching_leaves_no_trace(layer: Callable[
     assert model.get_submodule(name) is module
     assert isinstance(module, kind)
     assert isinstance(module, Shift)
-    assert type(module).__name__ == "Shift"
+    assert type(module).__name__ == kind.__name__
     assert torch.equal(module(X), plain + 3)
     assert set(model.state_dict()) == {*state, f"{name}.offset"} == {*state} | injected_names(model)
     assert [n for n, _ in injected_modules(model)] == [name]
@@ -220,7 +220,7 @@ def test_any_sequence_of_injecting_and_merging_keeps_tree_and_outputs(seed: int)
     for _ in range(4):
         subset = sorted(dice.sample(names, dice.randint(1, 3)))
         for _ in range(dice.randint(1, 3)):
-            assert inject_lora(model, r=2, target_modules="|".join(subset), backbone=".") == subset
+            assert LoRA(r=2, target_modules="|".join(subset), backbone=".").inject(model) == subset
         for _, layer in injected_modules(model):
             nn.init.normal_(layer.lora_B)
         expected = model(X.double())
@@ -363,7 +363,7 @@ def test_freezing_leaves_the_head_what_was_added_and_what_is_to_be_saved() -> No
     base = find_base(model)
     before = training(model)
     saved = match_modules(base, ["pooler", "layer.1.output"])
-    freeze_base(base, saved)
+    freeze_base(base, "X", saved)
     assert saved == ["bert.encoder.layer.1.output", "bert.pooler"]
     assert training(model) == {
         f"{put_on}.offset",
@@ -372,16 +372,16 @@ def test_freezing_leaves_the_head_what_was_added_and_what_is_to_be_saved() -> No
         *(f"bert.encoder.layer.1.output.{n}" for n, _ in model.bert.encoder.layer[1].output.named_parameters()),
     }
     again = training(model)
-    freeze_base(base, saved)
+    freeze_base(base, "X", saved)
     assert training(model) == again
     with pytest.raises(InjectionError, match=r"modules_to_save: .poler. matches no module.*pooler"):
         match_modules(base, ["poler"])
     with pytest.raises(InjectionError, match=r"names nothing of the base, and it was fine-tuned before with .*pooler"):
-        freeze_base(base)
+        freeze_base(base, "X")
     assert training(model) == again
     thaw(model)
     assert training(model) == before
-    freeze_base(base)
+    freeze_base(base, "X")
     assert not any("pooler" in name for name in training(model))
 
 

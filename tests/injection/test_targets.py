@@ -108,7 +108,7 @@ def test_the_base_is_found(
 )
 def test_what_is_new_trains_and_what_was_pretrained_does_not(build: Callable[[], nn.Module], head: set[str]) -> None:
     model = build()
-    freeze_base(find_base(model))
+    freeze_base(find_base(model), "X")
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == head
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lightning_ft
-from lightning_ft import InjectionError, LoRA, inject_lora
+from lightning_ft import InjectionError, LoRA
 from lightning_ft.injection import injected_modules, injected_names
 from lightning_ft.methods.lora import LoRALayer
 
@@ -47,7 +47,7 @@ def adapted(
     model = nn.Sequential(LAYERS[kind]()).to(dtype)
     if dtype == torch.float64:  # values that fp32 can't hold
         nn.init.normal_(model[0].weight)
-    inject_lora(model, **{"r": R, "alpha": ALPHA, "backbone": ".", "target_modules": ["0"], **settings})
+    LoRA(**{"r": R, "alpha": ALPHA, "backbone": ".", "target_modules": ["0"], **settings}).inject(model)
     layer = model[0]
     if trained:
         with torch.no_grad():
@@ -141,7 +141,7 @@ def test_merged_outputs_are_the_unmerged_ones(kind: str, dtype: torch.dtype) -> 
 def with_identities(p: float) -> tuple[nn.Sequential, Any]:
     """A layer whose adapter adds ``x / 2``."""
     model = nn.Sequential(nn.Linear(4, 4))
-    inject_lora(model, r=4, alpha=2, dropout=p, backbone=".")
+    LoRA(r=4, alpha=2, dropout=p, backbone=".").inject(model)
     with torch.no_grad():
         model[0].lora_A.copy_(torch.eye(4))
         model[0].lora_B.copy_(torch.eye(4))
@@ -172,7 +172,7 @@ def test_dropout_keeps_the_expectation_and_ends_with_training() -> None:
 def test_before_training_dropout_changes_nothing() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(9, 4)
     before = model(x)
-    inject_lora(model, dropout=0.5, backbone=".")
+    LoRA(dropout=0.5, backbone=".").inject(model)
     assert torch.equal(model.train()(x), before)
 
 
@@ -181,7 +181,7 @@ def test_before_training_dropout_changes_nothing() -> None:
 
 def wide(init: str, kind: str = "Linear") -> Any:
     model = nn.Sequential(nn.Linear(400, 30) if kind == "Linear" else nn.Embedding(400, 30))
-    inject_lora(model, r=20, init_lora_weights=init, backbone=".", target_modules=["0"])
+    LoRA(r=20, init_lora_weights=init, backbone=".", target_modules=["0"]).inject(model)
     return model[0]
 
 
@@ -213,7 +213,7 @@ def test_layers_start_differently_and_as_seeded() -> None:
     def made(seed: int) -> nn.Sequential:
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        inject_lora(model, backbone=".")
+        LoRA(backbone=".").inject(model)
         return model
 
     one, same, other = made(1), made(1), made(2)
@@ -236,7 +236,7 @@ def test_layers_start_differently_and_as_seeded() -> None:
 )
 def test_a_bad_argument_is_an_error_with_its_value(argument: str, value: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    for call in (LoRA, lambda **kw: inject_lora(model, backbone=".", **kw)):
+    for call in (LoRA,):
         with pytest.raises(ValueError, match=rf"LoRA: {argument} must be .*, not {value!r}\."):
             call(**{argument: value})
     assert all(p.requires_grad for p in model.parameters())
@@ -263,14 +263,14 @@ def test_a_second_injection_with_other_settings_is_an_error(other: dict[str, Any
 def test_a_tied_weight_is_refused_with_the_cure(target: str, build: Callable[[], Any], other: str) -> None:
     model = build()
     with pytest.raises(InjectionError, match=rf"'\S*{target}' shares .*{other}.*tie_word_embeddings=False"):
-        inject_lora(model, target_modules=[target])
+        LoRA(target_modules=[target]).inject(model)
     assert not injected_names(model)
 
 
 @pytest.mark.parametrize("target", ["wte", "lm_head"])
 def test_an_untied_one_is_not(target: str) -> None:
     model = tiny.gpt2(tie_word_embeddings=False)
-    inject_lora(model, target_modules=[target])
+    LoRA(target_modules=[target]).inject(model)
     for _, layer in injected_modules(model):
         nn.init.normal_(layer.lora_A)
         nn.init.normal_(layer.lora_B)
@@ -329,7 +329,7 @@ def test_logits_and_gradients_are_those_of_peft(name: str) -> None:
     )
     theirs = peft.get_peft_model(build(), config)
     ours = build()
-    touched = inject_lora(ours, r=R, alpha=ALPHA, target_modules=target_modules)
+    touched = LoRA(r=R, alpha=ALPHA, target_modules=target_modules).inject(ours)
     pairs = []
     for path in touched:
         layer, stock = ours.get_submodule(path), theirs.base_model.model.get_submodule(path)
