@@ -411,9 +411,7 @@ def test_a_rate_of_null_is_the_methods_own_and_a_given_one_is_used(
 ) -> None:
     constant = ["scheduler=constant", "scheduler.warmup=0", f"method={method}"]
     succeed(*tiny_run(tiny_bert_dir, some_csv, *constant, "hydra.run.dir=own"))
-    own = build.method(
-        OmegaConf.create({"method": OmegaConf.load(conf_dir() / "method" / f"{method}.yaml")})
-    ).default_lr
+    own = build.method(runs.load_config(Path("own"))).default_lr
     assert set(column(Path("own"), "lr-AdamW/all")) == {own}
     assert runs.load_config(Path("own")).optimizer.lr == own
     if method == choices("method")[0]:
