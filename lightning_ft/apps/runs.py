@@ -36,7 +36,7 @@ def save_config(folder: Path, config: DictConfig, labels: list[str]) -> None:
 
 
 def find_run(name: str, root: Path = Path("runs")) -> Path:
-    """The folder of a finished run: a path, or ``last`` for the newest one in ``runs/``.
+    """The folder of a finished run: a path, or ``last`` for the newest one in ``runs/``, of a comparison the best.
 
     Raises:
         RequestError: if it isn't there, or holds no adapter.
