@@ -111,6 +111,8 @@ def plan(config: DictConfig, folder: Path) -> list[Run]:
             near = difflib.get_close_matches(str(method), choices, n=3)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise RequestError(f"there is no method '{method}'; there are {', '.join(choices)}.{hint}")
+    if not all(isinstance(seed, int) for seed in seeds):
+        raise RequestError(f"seeds must be whole numbers, not [{', '.join(map(str, seeds))}].")
 
     asked = HydraConfig.get()
     given = OverridesParser.create().parse_overrides(list(asked.overrides.task))
@@ -126,9 +128,11 @@ def plan(config: DictConfig, folder: Path) -> list[Run]:
     runs = []
     for seed in seeds:
         for method in methods:
-            place = folder / (str(method) if len(seeds) == 1 else f"{method}_seed{seed}")
+            place = folder / (method if len(seeds) == 1 else f"{method}_seed{seed}")
+            if place.exists():
+                raise RequestError(f"'{os.path.relpath(place)}' is there already: name another hydra.run.dir.")
             own = [f"method={method}", f"seed={seed}", f"hydra.run.dir={quoted(str(place))}"]
-            runs.append(Run(str(method), int(seed), place, [*own_choices, *shared, *own]))
+            runs.append(Run(method, seed, place, [*own_choices, *shared, *own]))
     return runs
 
 
@@ -148,19 +152,21 @@ def _train(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
 
     run.folder.mkdir(parents=True)
     log = run.folder / CONSOLE
+    process = subprocess.Popen(
+        [sys.executable, "-c", _TRAIN, *run.arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+    )
+    assert process.stdout is not None
     with (
+        process,
+        io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="") as lines,
         log.open("w", encoding="utf-8") as file,
-        subprocess.Popen(
-            [sys.executable, "-c", _TRAIN, *run.arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
-        ) as process,
     ):
-        assert process.stdout is not None
         try:
-            for line in io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline=""):
+            for line in lines:
                 if not line.endswith("\r"):  # of a progress bar the last state is kept
                     file.write(line)
                 say(line)
@@ -203,7 +209,7 @@ def _show(config: DictConfig, folder: Path, found: list[dict[str, Any]], about: 
     loggers = [logger for logger in loggers if not isinstance(logger, CSVLogger)]  # the files are here already
     for logger in loggers:
         logger.log_hyperparams(about)
-    log_table(loggers, "compare", *records.columns_and_rows(found))
-    log_figure(loggers, "compare", figure, 0)
+    log_table(loggers, "compare/table", *records.columns_and_rows(found))
+    log_figure(loggers, "compare/picture", figure, 0)
     for logger in loggers:
         logger.finalize("success")
