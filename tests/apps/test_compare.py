@@ -23,7 +23,7 @@ import lightning_ft
 from lightning_ft import Classification, FineTuner, LoRA, TextDataModule
 from lightning_ft.apps import compare, latency, loggers, records, report
 from lightning_ft.apps.picture import picture
-from lightning_ft.injection import Injected, injected_modules
+from lightning_ft.injection import injected_modules
 
 METHODS = ["lora", "broken", "head"]
 
@@ -319,7 +319,10 @@ def test_the_same_batches_without_labels_are_timed_after_a_first_round(
 def test_what_cannot_be_merged_is_timed_as_it_is(
     trained: tuple[FineTuner, TextDataModule, L.Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LoRA.layers[0], "fold", Injected.fold)
+    def refuse(module: FineTuner) -> list[str]:
+        raise NotImplementedError
+
+    monkeypatch.setattr(latency, "merge", refuse)
     found = latency.measure(*trained, rounds=1)
     assert found["merged"] is False
     assert found["ms"] > 0
