@@ -19,12 +19,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from lightning_ft.apps.runs import RESULTS
+from lightning_ft.files.card import versions
 
 Record = Mapping[str, Any]
 
@@ -71,19 +73,12 @@ def finished(folder: Path) -> dict[str, Any]:
 
 def about(config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """What all runs of a comparison have in common."""
-    import lightning
-    import torch
-    import transformers
-
-    import lightning_ft
-
-    versions = {module.__name__: module.__version__ for module in (lightning_ft, torch, lightning, transformers)}
     return {
         "overrides": list(overrides),
         "data": str(config.data.path),
         "model": str(config.model.name),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": {**versions, "python": platform.python_version()},
+        "versions": {**versions(), "python": platform.python_version()},
         "hardware": {
             "machine": f"{platform.system()} {platform.machine()}",
             "cores": os.cpu_count(),
