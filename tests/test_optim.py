@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lightning_ft import LoRA
+from lightning_ft import IA3, LoRA
+from lightning_ft.injection import injected_names
 from lightning_ft.optim import constant, cosine, linear, parameter_groups, scale_rates, warmup_steps
 
 
@@ -51,6 +52,13 @@ def test_vectors_have_no_decay_and_matrices_the_optimizers(bert: PreTrainedModel
     for name, parameter in bert.named_parameters():
         vector = name.endswith("bias") or "LayerNorm" in name
         assert decay[id(parameter)] == (0.0 if vector else 0.3), name
+
+
+def test_a_vector_has_no_decay_whatever_its_shape(bert: PreTrainedModel) -> None:
+    IA3().inject(bert)  # its vectors are (n, 1) and (1, n), and start at one: decay would pull them to zero
+    groups = parameter_groups(bert, bert.bert)
+    decays = {id(p): "weight_decay" not in group for group in groups for p in group["params"]}
+    assert {decays[id(bert.get_parameter(name))] for name in injected_names(bert)} == {False}
 
 
 def expected_bert_rate(name: str, lr: float, d: float, layers: int = 2) -> float:

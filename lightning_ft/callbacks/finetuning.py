@@ -49,8 +49,9 @@ class FineTuning(Callback, ABC):
     module needs no base class of ours and may be built in ``__init__``, ``setup()`` or ``configure_model()``.
     Checkpoints hold only what was trained, and resume with Lightning's own ``fit(ckpt_path=...)``.
 
-    Two methods in one Trainer work together if they act on different things (``[LoRA(), PromptTuning()]``); what a
-    method has put into a module stays and goes on training, in a later fit with another callback too, until merged.
+    Several methods in one Trainer work together if they act on different things (``[LoRA(), BitFit()]``): the union
+    trains, in whatever order they're listed. If one of them is refused, none goes in. What a method has put into a
+    module stays and goes on training, in a later fit with another callback too, until merged.
 
     Args:
         modules_to_save: parts of the base to train whole and save beside what the method adds: paths, or
