@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from lightning_ft.callbacks.checkpoint_io import METADATA, complete_checkpoint
@@ -20,17 +22,22 @@ from lightning_ft.injection import (
     Injected,
     InjectionError,
     all_or_nothing,
+    bring_back,
     detach,
     find_base,
+    forget,
     freeze_base,
     injected_modules,
     injected_names,
+    is_4bit,
     match_modules,
+    remembering,
     thaw,
 )
 from lightning_ft.methods.full import FullFineTuning
 from lightning_ft.methods.head import HeadOnly
 from lightning_ft.methods.lora import LoRA
+from lightning_ft.quantization import dense_weight, repacked, set_weight
 
 METHODS: tuple[type[FineTuning], ...] = (LoRA, FullFineTuning, HeadOnly)
 """Every method. Those that add parameters have a room in the file format, found by ``peft_type``."""
@@ -107,14 +114,24 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
     _warn_of_new_heads(base, {id(place) for _, place, _ in places}, directory)
 
 
-def merge(model: nn.Module) -> list[str]:
+def merge(model: nn.Module, *, reversible: bool = False, dequantize: bool = False, max_drift: float = 0.5) -> list[str]:
     """Fold what methods added into the base's own weights, and restore the original module tree.
+
+    Args:
+        model: the model, or a part of it.
+        reversible: keep what :func:`unmerge` needs: the adapted weights as they were (their memory once more) and what
+            was added. A merge makes final what was kept of an earlier one.
+        dequantize: make the adapted ones of 4-bit layers dense: each becomes an ``nn.Linear``, in the dtype that it was
+            quantized from, and the merge is as exact as that dtype.
+        max_drift: for 4-bit layers that stay so: how large the error of packing the sums again may be, relative to
+            the change itself (‖packed - wanted‖ / ‖wanted - before‖, over all of them). At 1 nothing is left of it.
 
     Returns:
         Paths of the merged modules; none where nothing was added (head only, full fine-tuning).
 
     Raises:
         NotImplementedError: if a method in the model can't be merged; the model is then left as it was.
+        InjectionError: if the drift is above ``max_drift``; the model is then left as it was.
     """
     layers = list(injected_modules(model))
     for name, layer in layers:
@@ -124,13 +141,43 @@ def merge(model: nn.Module) -> list[str]:
                     f"{mixin.method} can't be merged: it changes the {mixin.acts_on} of '{name}', not its weights. The"
                     " model can be served as it is; save_adapter keeps what was trained."
                 )
-    folded = {name: layer.folded(cast(Any, layer).weight.detach()) for name, layer in layers}
+    folded: dict[str, dict[str, Tensor]] = {}
+    rounding: list[tuple[float, float]] = []
     for name, layer in layers:
-        for key, value in folded[name].items():
-            getattr(layer, key).data.copy_(value)
-        detach(model, name)
-    thaw(model)  # what is saved from here on is the whole model
+        module: Any = layer
+        folded[name] = layer.folded(dense_weight(module))
+        if is_4bit(module) and not dequantize:
+            folded[name]["weight"], error, change = repacked(module, folded[name]["weight"])
+            rounding.append((error, change))
+    _report_drift(rounding, max_drift)
+    if not reversible:
+        forget(model)
+    with remembering(model) if reversible else nullcontext():
+        for name, layer in layers:
+            detach(model, name)
+            module = cast(Any, layer)
+            for key, value in folded[name].items():
+                if key == "weight" and is_4bit(module):
+                    set_weight(module, value)
+                else:
+                    getattr(module, key).data.copy_(value)
+        thaw(model)  # what is saved from here on is the whole model
     return [name for name, _ in layers]
+
+
+def unmerge(model: nn.Module) -> list[str]:
+    """Undo ``merge(model, reversible=True)``: weights, what was added, and what trains are as before, to the bit.
+
+    Parameters are the same objects as before, so that an optimizer goes on with them. What has been trained since in
+    the merged weights is lost.
+
+    Returns:
+        Paths of the modules that carry something again.
+
+    Raises:
+        InjectionError: if the model was merged for good, or never, or was injected again since.
+    """
+    return bring_back(model)
 
 
 def load_from_checkpoint(
@@ -218,6 +265,25 @@ def _method_of(record: Mapping[str, Any]) -> FineTuning:
             f" pass it, load_from_checkpoint(..., method={record['method']}(...))."
         )
     return known[record["method"]](**record["arguments"])
+
+
+def _report_drift(rounding: Sequence[tuple[float, float]], max_drift: float) -> None:
+    """Say what packing the merged 4-bit layers again costs, of each the norms of the error and of the change.
+
+    Raises:
+        InjectionError: if it's more than ``max_drift``.
+    """
+    change = math.hypot(*(change for _, change in rounding))
+    if not change:
+        return
+    drift = math.hypot(*(error for error, _ in rounding)) / change
+    found = f"the error of packing {len(rounding)} merged layers into 4 bits again is {drift:.2f} of the change itself"
+    if drift > max_drift:
+        raise InjectionError(
+            f"Merged, the adapter would be lost: {found} (max_drift={max_drift:g}). merge(model, dequantize=True) makes"
+            f" these layers dense; merge(model, max_drift={math.ceil(10 * drift) / 10:g}) takes the loss."
+        )
+    rank_zero_info(f"merge: {found}.")
 
 
 # ------------------------------------------------------------------------------- names in a model and in files

@@ -40,6 +40,7 @@ from lightning_ft.injection import (
     Layer,
     find_base,
     inject_layers,
+    is_4bit,
     is_conv1d,
     match_modules,
     resolve_targets,
@@ -354,7 +355,7 @@ _CONV: dict[Variant, type[LoRALayer]] = {"plain": LoRAConv, "dora": DoRAConv}
 def layer_for(module: nn.Module, variant: Variant = "plain") -> type[LoRALayer] | None:
     """The LoRA layer for this kind of module, or None."""
     if isinstance(module, nn.Linear):
-        return _LINEAR.get(variant)
+        return None if is_4bit(module) and variant != "plain" else _LINEAR.get(variant)  # those read its weight
     if isinstance(module, nn.Embedding):
         # One with a forward of its own (a scaled one) does more than look rows up.
         original = getattr(module, "_original", type(module))
@@ -592,7 +593,8 @@ def _biases(base: Base, targets: Sequence[str]) -> dict[Bias, list[nn.Parameter]
 
 def rank_advice(root: nn.Module, ranks: Mapping[str, int]) -> str | None:
     """What to say of ranks outside 1% to 10% of their module's smaller dimension, where there are such."""
-    sizes = {name: min(root.get_parameter(f"{name}.weight").shape[:2]) for name in ranks}
+    layers: dict[str, Any] = {name: root.get_submodule(name) for name in ranks}
+    sizes = {name: min(layer.lora_A.shape[1], layer.lora_B.shape[0]) for name, layer in layers.items()}
     unusual = [name for name, r in ranks.items() if not 0.01 <= r / sizes[name] <= 0.1]
     if not unusual:
         return None
