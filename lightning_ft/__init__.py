@@ -18,22 +18,31 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.finetuning import FineTuning
     from lightning_ft.data.module import TextDataModule
     from lightning_ft.injection import InjectionError
+    from lightning_ft.methods.bitfit import BitFit
+    from lightning_ft.methods.freezing import GradualUnfreezing, TopLayers
     from lightning_ft.methods.full import FullFineTuning
     from lightning_ft.methods.head import HeadOnly
+    from lightning_ft.methods.ia3 import IA3
+    from lightning_ft.methods.layernorm import LayerNormTuning
     from lightning_ft.methods.lora import LoRA
     from lightning_ft.tasks.classification import Classification
     from lightning_ft.tasks.finetuner import FineTuner
 
 _HOMES = {
+    "BitFit": "lightning_ft.methods.bitfit",
     "Classification": "lightning_ft.tasks.classification",
     "Efficiency": "lightning_ft.callbacks.efficiency",
     "FineTuner": "lightning_ft.tasks.finetuner",
     "FineTuning": "lightning_ft.callbacks.finetuning",
     "FullFineTuning": "lightning_ft.methods.full",
+    "GradualUnfreezing": "lightning_ft.methods.freezing",
     "HeadOnly": "lightning_ft.methods.head",
+    "IA3": "lightning_ft.methods.ia3",
     "InjectionError": "lightning_ft.injection",
+    "LayerNormTuning": "lightning_ft.methods.layernorm",
     "LoRA": "lightning_ft.methods.lora",
     "TextDataModule": "lightning_ft.data.module",
+    "TopLayers": "lightning_ft.methods.freezing",
     "load_adapter": "lightning_ft.adapters",
     "load_from_checkpoint": "lightning_ft.adapters",
     "merge": "lightning_ft.adapters",
@@ -42,7 +51,8 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022 - by use
-    "LoRA", "FullFineTuning", "HeadOnly", "FineTuning",
+    "LoRA", "IA3", "BitFit", "LayerNormTuning", "TopLayers", "GradualUnfreezing", "FullFineTuning", "HeadOnly",
+    "FineTuning",
     "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "InjectionError",
     "FineTuner", "Classification", "TextDataModule", "Efficiency",
 ]  # fmt: skip

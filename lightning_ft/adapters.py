@@ -27,19 +27,25 @@ from lightning_ft.injection import (
     find_base,
     forget,
     freeze_base,
+    frozen_parts,
     injected_modules,
     injected_names,
     is_4bit,
-    match_modules,
     remembering,
     thaw,
 )
+from lightning_ft.methods.bitfit import BitFit
+from lightning_ft.methods.freezing import GradualUnfreezing, TopLayers
 from lightning_ft.methods.full import FullFineTuning
 from lightning_ft.methods.head import HeadOnly
+from lightning_ft.methods.ia3 import IA3
+from lightning_ft.methods.layernorm import LayerNormTuning
 from lightning_ft.methods.lora import LoRA
 from lightning_ft.quantization import dense_weight, repacked, set_weight
 
-METHODS: tuple[type[FineTuning], ...] = (LoRA, FullFineTuning, HeadOnly)
+METHODS: tuple[type[FineTuning], ...] = (
+    LoRA, IA3, BitFit, LayerNormTuning, TopLayers, GradualUnfreezing, FullFineTuning, HeadOnly,
+)  # fmt: skip
 """Every method. Those that add parameters have a room in the file format, found by ``peft_type``."""
 
 _ROOMS: dict[str, Any] = {method.peft_type: method for method in METHODS if method.layers}
@@ -59,10 +65,10 @@ def save_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
         The directory.
 
     Raises:
-        InjectionError: if no parameter of it trains, or it carries several methods.
+        InjectionError: if no parameter of it trains.
     """
     base = find_base(model, backbone)
-    trained = trained_state(model.state_dict(), frozen_keys(model, base))
+    trained = trained_state(model.state_dict(), frozen_keys(model, base) | _keys_of_others(model, base))
     if not trained:
         raise InjectionError("There is nothing to save: no parameter of the model trains. Inject a method first.")
     config = {**peft.describe_base(base.root), **_method_fields(base), "modules_to_save": _trained_whole(base)}
@@ -104,12 +110,13 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
         for room, fields in zip(rooms, config.get("methods", [config]), strict=bool(rooms)):
             room.from_peft(fields, _targets(room, tensors, base, directory), saved, backbone).inject(model)
         if not rooms:
-            freeze_base(base, "PARTIAL", match_modules(base, saved))
+            held = [name for name, _ in base.named_parameters() if f"{peft.INSIDE}{name}" in tensors]
+            freeze_base(base, "PARTIAL", parameters=held)
         places = _places(model, base, tensors, rooms, directory)
     with torch.no_grad():
         for file_name, place, tensor in places:
             place.copy_(tensor)
-            if isinstance(place, nn.Parameter) and peft.OF_BASE not in file_name:
+            if isinstance(place, nn.Parameter) and not file_name.endswith(f"{peft.OF_BASE}weight"):
                 place.requires_grad_(True)
     _warn_of_new_heads(base, {id(place) for _, place, _ in places}, directory)
 
@@ -297,6 +304,14 @@ def _file_name(base: Base, key: str, inside: str) -> str:
     # PEFT wraps the modules that it adapts.
     wrapped = path and isinstance(base.root.get_submodule(path), Injected)
     return f"{inside}{path}{peft.OF_BASE}{own}" if wrapped else f"{inside}{key.removeprefix(prefix)}"
+
+
+def _keys_of_others(model: nn.Module, base: Base) -> set[str]:
+    """The keys of other pretrained parts that were fine-tuned: each has a folder of its own."""
+    own = {base.prefixed(part) for part in base.frozen}
+    others = tuple(f"{part}." for part in frozen_parts(model) - own)
+    inside = tuple(f"{part}." if part else "" for part in own)
+    return {key for key in model.state_dict() if key.startswith(others) and not key.startswith(inside)}
 
 
 def _own_name(base: Base, file_name: str, inside: str) -> str:

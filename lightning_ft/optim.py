@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_ft.injection import layer_depths
 
 
 class RateError(ValueError):
@@ -34,13 +35,17 @@ def parameter_groups(model: nn.Module, trunk: nn.Module, layer_decay: float = 1.
     """
     if not 0 < layer_decay <= 1:
         raise RateError(f"layer_decay must be above 0 and at most 1, not {layer_decay}.")
-    depths = _depths(trunk) if layer_decay < 1 else {}
+    by_name = layer_depths(trunk) if layer_decay < 1 else {}
+    if layer_decay < 1 and not by_name:
+        raise RateError(f"layer_decay needs a stack of layers (an nn.ModuleList), and {type(trunk).__name__} has none.")
+    depths = {id(trunk.get_parameter(name)): depth for name, depth in by_name.items()}
     head = max(depths.values(), default=0) + 1
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        depth, decays = depths.get(id(parameter), head), parameter.ndim > 1
+        vector = sum(size > 1 for size in parameter.shape) <= 1  # also one stored as (n, 1)
+        depth, decays = depths.get(id(parameter), head), not vector
         if (depth, decays) not in groups:
             place = "all" if not depths else "head" if depth == head else f"layer_{depth}"
             name = place if decays else f"{place}_no_decay"
@@ -90,35 +95,3 @@ def warmup_steps(warmup: float, total_steps: int) -> int:
     if warmup > total_steps:
         raise RateError(f"warmup={int(warmup)} steps is longer than the training of {total_steps} steps.")
     return round(warmup * total_steps) if warmup < 1 else int(warmup)
-
-
-def _depths(trunk: nn.Module) -> dict[int, int]:
-    """The layer of each parameter of the trunk, by id: 0 for what comes before the stacks of layers."""
-    stacks = dict(_stacks(trunk))
-    if not stacks:
-        raise RateError(f"layer_decay needs a stack of layers (an nn.ModuleList), and {type(trunk).__name__} has none.")
-    top = max(len(stack) for stack in stacks.values())
-    depths: dict[int, int] = {}
-    passed: set[str] = set()  # modules are listed in the order of their making: embeddings, layers, pooler
-    for name, module in trunk.named_modules():
-        stack = next((s for s in stacks if name.startswith(f"{s}.")), None)
-        if stack is not None:
-            passed |= {"", stack.rpartition(".")[0]}
-            depth = int(name[len(stack) + 1 :].split(".")[0]) + 1
-        else:
-            # after the layers of the encoder it's in (or the decoder), else of any
-            around = next((o for s in stacks if (o := s.rpartition(".")[0]) and name.startswith(f"{o}.")), "")
-            depth = top if around in passed and not isinstance(module, nn.Embedding) else 0
-        for parameter in module.parameters(recurse=False):
-            depths.setdefault(id(parameter), depth)
-    return depths
-
-
-def _stacks(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """The outermost ModuleLists of at least two layers, with their names."""
-    for child_name, child in module.named_children():
-        path = f"{name}.{child_name}".lstrip(".")
-        if isinstance(child, nn.ModuleList) and len(child) > 1:
-            yield path, child
-        else:
-            yield from _stacks(child, path)

@@ -19,7 +19,17 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 import lightning_ft
-from lightning_ft import FullFineTuning, HeadOnly, LoRA, adapters
+from lightning_ft import (
+    IA3,
+    BitFit,
+    FullFineTuning,
+    GradualUnfreezing,
+    HeadOnly,
+    LayerNormTuning,
+    LoRA,
+    TopLayers,
+    adapters,
+)
 from lightning_ft.apps.paths import conf_dir
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.injection import Injected, injected_modules, injected_names
@@ -31,6 +41,11 @@ METHODS: dict[str, FineTuning] = {
     "pissa": LoRA(r=2, init_lora_weights="pissa"),
     "olora": LoRA(r=2, init_lora_weights="olora", use_rslora=True),
     "loraplus": LoRA(r=2, loraplus_lr_ratio=16.0),
+    "ia3": IA3(),
+    "bitfit": BitFit(),
+    "layernorm": LayerNormTuning(),
+    "top_layers": TopLayers(k=1),
+    "gradual_unfreezing": GradualUnfreezing(),
     "full": FullFineTuning(),
     "head": HeadOnly(),
 }

@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str] | None] = {
     "callbacks": {"injection", "files", "quantization", "reporting"},
     "methods": {"injection", "ops", "callbacks.finetuning"},
     "tasks": {"ops", "reporting", "optim"},
-    "optim": {"ops", "reporting", "tasks.pretrained"},
+    "optim": {"injection", "ops", "reporting", "tasks.pretrained"},
     "data": {"ops", "reporting", "optim", "tasks.pretrained"},
     "adapters": {"methods", "files", "injection", "callbacks", "quantization"},
     "bank": {"adapters", "injection"},

@@ -52,9 +52,9 @@ def llama() -> LlamaModel:
     return seeded(LlamaModel, small(LlamaConfig, **sizes))
 
 
-def t5() -> T5ForConditionalGeneration:
+def t5(**more: Any) -> T5ForConditionalGeneration:
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
-    return seeded(T5ForConditionalGeneration, small(T5Config, **sizes))
+    return seeded(T5ForConditionalGeneration, small(T5Config, **{**sizes, **more}))
 
 
 def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:

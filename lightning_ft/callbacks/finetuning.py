@@ -28,7 +28,14 @@ from torch.optim import Optimizer
 from lightning_ft.callbacks.checkpoint_io import AdapterCheckpointIO
 from lightning_ft.files.peft import INSIDE
 from lightning_ft.files.state import frozen_modules
-from lightning_ft.injection import Base, Injected, InjectionError, find_base, injected_modules
+from lightning_ft.injection import (
+    Base,
+    Injected,
+    InjectionError,
+    all_or_nothing,
+    find_base,
+    injected_modules,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +66,7 @@ class FineTuning(Callback, ABC):
         self._told = False  # what injection did, once for fit, validate and test
         self._modes: list[tuple[nn.Module, bool]] = []  # of the modules whose mode was changed, as they were
         self._held: list[tuple[nn.Module, bool]] = []
+        self._neighbours: list[FineTuning] = []
 
     peft_type: ClassVar[str]
     """The method's name in files."""
@@ -89,11 +97,15 @@ class FineTuning(Callback, ABC):
             InjectionError: if the base or the targets can't be found, or were injected with other settings.
         """
 
+    def describe(self, model: nn.Module, names: Sequence[str]) -> str:
+        """One line on what :meth:`inject` did to ``model``; ``names`` is what it returned."""
+        return describe(model, names)
+
     # ------------------------------------------------------------------ Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject now, or right after the module has built itself."""
-        self._refuse_others(trainer)
+        self._neighbours = self._refuse_others(trainer)
         hook = _last_builder(pl_module)
         self._precede_averaging(trainer, pl_module, hook)
         self._wrap_checkpoint_io(trainer)
@@ -106,12 +118,17 @@ class FineTuning(Callback, ABC):
         """See that the optimizers hold just what trains."""
         _cover(pl_module, find_base(pl_module, self.backbone), trainer.optimizers)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A fit that resumes within an epoch starts none, so that its modes are found here."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the modules whose modes matter: frozen BatchNorms evaluate, injected dropouts drop.
 
         Lightning's ``fit`` doesn't call ``.train()``, and ``requires_grad=False`` doesn't stop a BatchNorm's
         running statistics. Everything else keeps the mode that the user gave it.
         """
+        self._restore_modes()
         frozen = (module for _, module in frozen_modules(find_base(pl_module, self.backbone)))
         norms = [(module, False) for module in frozen if isinstance(module, _NormBase)]
         self._held = [*norms, *((cast(nn.Module, layer), True) for _, layer in injected_modules(pl_module))]
@@ -127,9 +144,7 @@ class FineTuning(Callback, ABC):
         """Give the module its hooks and modes back."""
         _restore_hooks(pl_module)
         self._held = []
-        while self._modes:
-            module, training = self._modes.pop()
-            module.training = training
+        self._restore_modes()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the module its hooks and modes back."""
@@ -143,21 +158,31 @@ class FineTuning(Callback, ABC):
         return {"method": type(self).__name__, "arguments": arguments}
 
     def _inject(self, model: nn.Module) -> None:
-        names = self.inject(model)
+        # Those that add nothing first: what of the base they train is theirs, whoever trained it before.
+        methods = sorted([self, *self._neighbours], key=lambda method: bool(method.layers))
+        with all_or_nothing(model):  # where one is refused, none goes in
+            touched = [method.inject(model) for method in methods]
         if not self._told:
-            rank_zero_info(f"{type(self).__name__}: {describe(model, names)}")
+            rank_zero_info(f"{type(self).__name__}: {self.describe(model, touched[methods.index(self)])}")
         self._told = True
 
-    def _refuse_others(self, trainer: Trainer) -> None:
+    def _restore_modes(self) -> None:
+        while self._modes:
+            module, training = self._modes.pop()
+            module.training = training
+
+    def _refuse_others(self, trainer: Trainer) -> list[FineTuning]:
+        """The other methods of this Trainer, if this one goes with them."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        methods = [c for c in callbacks if isinstance(c, FineTuning) and c.backbone == self.backbone]
-        alone = next((type(method).__name__ for method in methods if method.decides_alone), None)
-        if alone and len(methods) > 1:
-            names = ", ".join(type(method).__name__ for method in methods)
+        methods = [c for c in callbacks if isinstance(c, FineTuning)]
+        names = [type(method).__name__ for method in methods if method.backbone == self.backbone]
+        alone = next((m for m in methods if m.decides_alone and m.backbone == self.backbone), None)
+        if alone and len(names) > 1:
             raise InjectionError(
-                f"{alone} says of all parameters of the base which train, so that it can't be combined: the callbacks"
-                f" are {names}. Leave one out."
+                f"{type(alone).__name__} says of all parameters of the base which train, so that it can't be combined:"
+                f" the callbacks are {', '.join(names)}. Leave one out."
             )
+        return [method for method in methods if method is not self]
 
     def _precede_averaging(self, trainer: Trainer, pl_module: LightningModule, hook: str | None) -> None:
         """WeightAveraging copies the module in its own setup: it must find the module injected."""

@@ -4,8 +4,10 @@ Keys of tensors are relative to the inner Hugging Face model, behind ``base_mode
 module trains outside that model (a head of the user's own) stands behind ``lightning_module.``, which stock
 PEFT passes by.
 
-One ``peft_type`` is our own: ``PARTIAL`` holds parameters of the model itself under their own names, for
-methods that add none (head only, full fine-tuning). Stock PEFT can't load it.
+Two ``peft_type`` are our own, and stock PEFT can't load them. ``PARTIAL`` holds parameters of the model itself under
+their own names, for methods that add none (head only, BitFit, full fine-tuning). ``COMBINED`` holds what several
+methods added; ``methods`` in its config has the fields of each. One method that adds something beside others that add
+nothing (LoRA and BitFit) is saved as itself, with the parameters that the others trained.
 """
 
 from __future__ import annotations
@@ -96,7 +98,7 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _card(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     base = config.get("base_model_name_or_path") or "the model it was trained on"
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    stock = "" if config["peft_type"] == "PARTIAL" else _LOAD_WITH_PEFT
+    stock = "" if config["peft_type"] in ("PARTIAL", "COMBINED") else _LOAD_WITH_PEFT
     return _CARD.format(base=base, method=config["peft_type"], parameters=parameters, stock=stock)
 
 

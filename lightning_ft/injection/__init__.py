@@ -1,5 +1,6 @@
 """Where things go in: pure torch, no Lightning, no Hugging Face import."""
 
+from lightning_ft.injection.layers import layer_depths
 from lightning_ft.injection.surgery import (
     Injected,
     Layer,
@@ -8,7 +9,9 @@ from lightning_ft.injection.surgery import (
     bring_back,
     detach,
     forget,
+    freeze_all_but,
     freeze_base,
+    frozen_parts,
     inject_layers,
     injected_modules,
     injected_names,
@@ -20,10 +23,12 @@ from lightning_ft.injection.surgery import (
 from lightning_ft.injection.targets import (
     Base,
     InjectionError,
+    exactly,
     find_base,
     is_4bit,
     is_conv1d,
     match_modules,
+    match_names,
     resolve_targets,
 )
 
@@ -36,15 +41,20 @@ __all__ = [
     "attach",
     "bring_back",
     "detach",
+    "exactly",
     "find_base",
     "forget",
+    "freeze_all_but",
     "freeze_base",
+    "frozen_parts",
     "inject_layers",
     "injected_modules",
     "injected_names",
     "is_4bit",
     "is_conv1d",
+    "layer_depths",
     "match_modules",
+    "match_names",
     "refuse_injected",
     "remembering",
     "resolve_targets",

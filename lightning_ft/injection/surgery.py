@@ -234,32 +234,72 @@ def injected_names(model: nn.Module) -> set[str]:
     }
 
 
-def freeze_base(base: Base, method: str, saved: Sequence[str] = ()) -> None:
-    """Stop training the pretrained base, save what methods added and the modules ``saved`` of its root.
+def freeze_base(base: Base, method: str, saved: Sequence[str] = (), parameters: Sequence[str] = ()) -> None:
+    """Stop training the pretrained base, save what methods added, and what ``method`` trains of it.
 
     What was frozen is remembered on the root, so that :func:`thaw` can give it back. Doing it twice is doing
     it once; what another method trains goes on training.
 
+    Args:
+        base: what to freeze.
+        method: who asks.
+        saved: paths of modules of its root that train whole.
+        parameters: names, in its root, of parameters that train.
+
     Raises:
-        InjectionError: if ``method`` froze it before with other ``saved``, which would then stop training unsaid.
+        InjectionError: if ``method`` trained other parts of it before, which would go on training unsaid.
     """
-    of_base = [name for name, _ in base.named_modules() if name in saved]
-    record = vars(base.root).get(_FROZEN) or {"parameters": [], "saved": {}}
-    before = record["saved"].get(method, of_base)
-    if before != of_base:
+    trained = _trained(base, saved, parameters)
+    record = vars(base.root).get(_FROZEN) or {"parts": [], "parameters": [], "trained": {}}
+    before = record["trained"].get(method, trained)
+    of_others = {name for other, names in record["trained"].items() if other != method for name in names}
+    new = [name for name in trained if name not in before]
+    gone = [name for name in before if name not in trained and name not in of_others]
+    if new or gone:
         raise InjectionError(
-            f"modules_to_save names {', '.join(of_base) or 'nothing'} of the base, and it was fine-tuned before with"
-            f" {', '.join(before) or 'nothing'} in it. Use the same, or merge first."
+            f"{method} names {_few(new)} of the base, and it was fine-tuned before with {_few(gone)}. Use the same"
+            " settings (modules_to_save and the like), or merge first."
         )
-    added = injected_names(base.root)
-    for part in base.frozen if not record["saved"] else ():
-        for name, parameter in base.root.get_submodule(part).named_parameters(prefix=part):
+    if base.frozen not in record["parts"]:
+        record["parts"].append(base.frozen)
+        added = injected_names(base.root)
+        for name, parameter in base.named_parameters():
             if parameter.requires_grad and name not in added:
                 parameter.requires_grad_(False)
                 record["parameters"].append(name)
-    record["saved"][method] = of_base
+    record["trained"][method] = trained
     setattr(base.root, _FROZEN, record)
     unfreeze(base.root.get_submodule(name) for name in saved)
+    for name in parameters:
+        base.root.get_parameter(name).requires_grad_(True)
+
+
+def freeze_all_but(base: Base, method: str, saved: Sequence[str] = (), parameters: Sequence[str] = ()) -> None:
+    """:func:`freeze_base` for a method that says of every parameter of the base if it trains.
+
+    Raises:
+        InjectionError: if another method added something to the base, or trains something else of it.
+    """
+    refuse_injected(base, method)
+    own = _trained(base, saved, parameters)
+    for other, trained in vars(base.root).get(_FROZEN, {"trained": {}})["trained"].items():
+        if other != method and (more := [name for name in trained if name not in own]):
+            raise InjectionError(
+                f"{_few(more)} of the base would go on training, as {other} left it, and {method} says of all of the"
+                " base what trains. Merge first."
+            )
+    freeze_base(base, method, saved, parameters)
+
+
+def _trained(base: Base, saved: Sequence[str], parameters: Sequence[str]) -> list[str]:
+    """The parameters of the base that lie in ``saved`` modules, or are named."""
+    whole, named = tuple(f"{name}." for name in saved), set(parameters)
+    return [name for name, _ in base.named_parameters() if name.startswith(whole) or name in named]
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = [*names] or ["nothing"]
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
 def thaw(model: nn.Module) -> None:
@@ -267,6 +307,12 @@ def thaw(model: nn.Module) -> None:
     for root in list(model.modules()):
         for name in vars(root).pop(_FROZEN, {"parameters": []})["parameters"]:
             root.get_parameter(name).requires_grad_(True)
+
+
+def frozen_parts(model: nn.Module) -> set[str]:
+    """Paths of the pretrained parts that :func:`freeze_base` froze in ``model``, whichever method asked."""
+    records = {name: vars(module).get(_FROZEN, {"parts": []}) for name, module in model.named_modules()}
+    return {f"{name}.{part}".strip(".") for name in records for parts in records[name]["parts"] for part in parts}
 
 
 class _Before:

@@ -41,6 +41,11 @@ class Base:
             module = self.root.get_submodule(part)
             yield from module.named_modules(prefix=part, remove_duplicate=remove_duplicate)
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter of the pretrained parts, named relative to :attr:`root`."""
+        for part in self.frozen:
+            yield from self.root.get_submodule(part).named_parameters(prefix=part)
+
     def is_trained_whole(self) -> bool:
         """Whether nothing pretrained is frozen (full fine-tuning)."""
         return all(p.requires_grad for part in self.parts() for p in part.parameters())
@@ -132,10 +137,8 @@ def resolve_targets(
     elif target_modules == "attention":
         linear = _all_linear(base, names, supported)
         found = [name for name in linear if _inside_attention(base.root, name)]
-    elif isinstance(target_modules, str):
-        found = _match_regex(target_modules, names)
     else:
-        found = _match_suffixes(target_modules, names)
+        found = match_names(target_modules, names)
     found = _left_in(found, names, exclude_modules)
     if layers_to_transform is not None:
         if isinstance(target_modules, str) and target_modules not in ("all-linear", "attention"):
@@ -159,10 +162,7 @@ def resolve_targets(
 def _left_in(found: list[str], names: dict[str, nn.Module], exclude_modules: str | Sequence[str] | None) -> list[str]:
     if not exclude_modules:
         return found
-    if isinstance(exclude_modules, str):
-        out = set(_match_regex(exclude_modules, names, "exclude_modules"))
-    else:
-        out = set(_match_suffixes(exclude_modules, names, "exclude_modules"))
+    out = set(match_names(exclude_modules, names, "exclude_modules"))
     left = [name for name in found if name not in out]
     if found and not left:
         raise InjectionError(f"exclude_modules={exclude_modules!r} leaves out all that target_modules names.")
@@ -197,8 +197,28 @@ def match_modules(base: Base, modules_to_save: Sequence[str] | None) -> list[str
     Raises:
         InjectionError: if an entry names nothing.
     """
-    names = {name: module for name, module in base.root.named_modules() if name}
+    names = [name for name, _ in base.root.named_modules() if name]
     return _match_suffixes(modules_to_save or (), names, "modules_to_save")
+
+
+def match_names(patterns: str | Sequence[str], names: Iterable[str], argument: str = "target_modules") -> list[str]:
+    """Those of ``names`` that ``patterns``, the value of ``argument``, names.
+
+    Args:
+        patterns: a regular expression for the whole name, or a list of names and ends of names.
+        names: paths of modules.
+        argument: for messages.
+
+    Raises:
+        InjectionError: if an entry of a list names nothing, or the expression isn't valid.
+    """
+    match = _match_regex if isinstance(patterns, str) else _match_suffixes
+    return match(patterns, list(names), argument)  # type: ignore[arg-type]
+
+
+def exactly(names: Iterable[str]) -> str:
+    """The ``target_modules`` that names these paths, and none that ends like one of them."""
+    return f"(?:{'|'.join(map(re.escape, names))})"
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -275,16 +295,14 @@ def _inside_attention(root: nn.Module, name: str) -> bool:
     return any("attention" in type(ancestor).__name__.lower() for ancestor in ancestors)
 
 
-def _match_regex(pattern: str, names: Iterable[str], argument: str = "target_modules") -> list[str]:
+def _match_regex(pattern: str, names: Sequence[str], argument: str) -> list[str]:
     try:
         return [name for name in names if re.fullmatch(pattern, name)]
     except re.error as error:
         raise InjectionError(f"{argument}={pattern!r} isn't a valid regular expression: {error}.") from error
 
 
-def _match_suffixes(
-    patterns: Sequence[str], names: dict[str, nn.Module], argument: str = "target_modules"
-) -> list[str]:
+def _match_suffixes(patterns: Sequence[str], names: Sequence[str], argument: str) -> list[str]:
     for pattern in patterns:
         if not any(_ends_with(name, pattern) for name in names):
             raise InjectionError(f"{argument}: '{pattern}' matches no module. {_near(pattern, names)}")

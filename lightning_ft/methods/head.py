@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_ft.callbacks.finetuning import FineTuning
-from lightning_ft.injection import InjectionError, find_base, freeze_base, match_modules, refuse_injected
+from lightning_ft.injection import InjectionError, find_base, freeze_all_but, match_modules
 
 
 class HeadOnly(FineTuning):
@@ -28,8 +28,7 @@ class HeadOnly(FineTuning):
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base; see :meth:`FineTuning.inject`."""
         base = find_base(model, self.backbone)
-        refuse_injected(base, "HeadOnly")
-        freeze_base(base, "HeadOnly", match_modules(base, self.modules_to_save))
+        freeze_all_but(base, "HeadOnly", match_modules(base, self.modules_to_save))
         if not any(p.requires_grad for p in model.parameters()):
             raise InjectionError(
                 f"HeadOnly leaves nothing of {type(model).__name__} to train: all of its parameters are in the"

@@ -38,6 +38,7 @@ from lightning_ft.injection import (
     Injected,
     InjectionError,
     Layer,
+    exactly,
     find_base,
     inject_layers,
     is_4bit,
@@ -546,7 +547,7 @@ class LoRA(FineTuning):
             config.get("r", 8),  # PEFT's own defaults
             config.get("lora_alpha", 8),
             config.get("lora_dropout", 0.0),
-            f"(?:{'|'.join(map(re.escape, targets))})",  # these paths, and none that ends like one of them
+            exactly(targets),
             rank_pattern=_that_match(config.get("rank_pattern"), targets),
             alpha_pattern=_that_match(config.get("alpha_pattern"), targets),
             init_lora_weights="pissa" if init == "pissa" else "olora" if init == "olora" else "kaiming",

@@ -570,6 +570,18 @@ def test_a_frozen_batchnorm_stays_put_though_the_module_calls_train() -> None:
     assert all(torch.equal(module.body.state_dict()[key], value) for key, value in before.items())
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_frozen_batchnorm_stays_put_in_a_fit_that_resumes_within_an_epoch(tmp_path: Path) -> None:
+    """Lightning then calls no on_train_epoch_start."""
+    method = {"r": 2, "backbone": "body", "target_modules": "all-linear"}
+    keep = ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=1)
+    trainer(LoRA(**method), keep, max_steps=1, enable_checkpointing=True).fit(make(CNN))
+    module = make(CNN)
+    before = {key: value.clone() for key, value in module.body.state_dict().items() if "running" in key}
+    trainer(LoRA(**method), keep, max_steps=2, enable_checkpointing=True).fit(module, ckpt_path=tmp_path / "x.ckpt")
+    assert all(torch.equal(module.body.state_dict()[key], value) for key, value in before.items())
+
+
 @pytest.mark.parametrize("method", [HeadOnly(), FullFineTuning()])
 def test_another_method_over_an_injected_one_is_an_error(method: FineTuning) -> None:
     module = make(BertInInit)

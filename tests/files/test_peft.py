@@ -339,9 +339,9 @@ def test_other_kinds_of_lora_are_refused_by_name(variant: dict[str, Any], named:
 
 
 def test_another_method_is_refused_by_name(tmp_path: Path) -> None:
-    config = peft.IA3Config(target_modules=["key", "value"], feedforward_modules=[])
+    config = peft.VeraConfig(target_modules=["key"])
     peft.get_peft_model(tiny.bert_classifier(), config).save_pretrained(tmp_path)
-    refused(tiny.bert_classifier(), tmp_path, ValueError, str(tmp_path), "IA3", "known here are LORA")
+    refused(tiny.bert_classifier(), tmp_path, ValueError, str(tmp_path), "VERA", "known here are LORA")
 
 
 def test_a_missing_folder_or_file_is_named(folder: Path, tmp_path: Path) -> None:
