@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lightning_ft.adapters import load_adapter, load_from_checkpoint, merge, save_adapter, unmerge
+    from lightning_ft.bank import AdapterBank
     from lightning_ft.callbacks.efficiency import Efficiency
     from lightning_ft.callbacks.finetuning import FineTuning
     from lightning_ft.data.module import TextDataModule
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_ft.tasks.finetuner import FineTuner
 
 _HOMES = {
+    "AdapterBank": "lightning_ft.bank",
     "BitFit": "lightning_ft.methods.bitfit",
     "Classification": "lightning_ft.tasks.classification",
     "Efficiency": "lightning_ft.callbacks.efficiency",
@@ -53,7 +55,7 @@ _HOMES = {
 __all__ = [  # noqa: RUF022 - by use
     "LoRA", "IA3", "BitFit", "LayerNormTuning", "TopLayers", "GradualUnfreezing", "FullFineTuning", "HeadOnly",
     "FineTuning",
-    "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "InjectionError",
+    "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "InjectionError",
     "FineTuner", "Classification", "TextDataModule", "Efficiency",
 ]  # fmt: skip
 

@@ -65,7 +65,7 @@ def save_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
         The directory.
 
     Raises:
-        InjectionError: if no parameter of it trains.
+        InjectionError: if no parameter of it trains, or it carries what isn't known here.
     """
     base = find_base(model, backbone)
     trained = trained_state(model.state_dict(), frozen_keys(model, base) | _keys_of_others(model, base))
@@ -101,6 +101,19 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
         StateError: if its tensors don't fit the model; the model is then left as it was.
         ValueError: if it holds a method that isn't known here.
     """
+    with torch.no_grad():
+        for file_name, place, tensor in make_room(model, directory, backbone):
+            place.copy_(tensor)
+            if isinstance(place, nn.Parameter) and not file_name.endswith(f"{peft.OF_BASE}weight"):
+                place.requires_grad_(True)
+
+
+def make_room(model: nn.Module, directory: str | Path, backbone: str | None = None) -> list[tuple[str, Tensor, Tensor]]:
+    """Inject what an adapter needs, as :func:`load_adapter`, which then fills in the values.
+
+    Returns:
+        Each of the adapter's tensors, its name in the file first, with the one of the model that takes its value.
+    """
     config, tensors = peft.read(directory)
     base = find_base(model, backbone)
     modules = [f".{name}" for name, _ in base.root.named_modules()]  # PEFT names heads that a model may not have
@@ -113,12 +126,8 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
             held = [name for name, _ in base.named_parameters() if f"{peft.INSIDE}{name}" in tensors]
             freeze_base(base, "PARTIAL", parameters=held)
         places = _places(model, base, tensors, rooms, directory)
-    with torch.no_grad():
-        for file_name, place, tensor in places:
-            place.copy_(tensor)
-            if isinstance(place, nn.Parameter) and not file_name.endswith(f"{peft.OF_BASE}weight"):
-                place.requires_grad_(True)
     _warn_of_new_heads(base, {id(place) for _, place, _ in places}, directory)
+    return places
 
 
 def merge(model: nn.Module, *, reversible: bool = False, dequantize: bool = False, max_drift: float = 0.5) -> list[str]:
@@ -331,6 +340,8 @@ def _carrying(base: Base, kind: str) -> dict[str, Any]:
 
 def _method_fields(base: Base) -> dict[str, Any]:
     kinds = dict.fromkeys(mixin.method for _, layer in injected_modules(base.root) for mixin in layer._mixins)
+    if unknown := [kind for kind in kinds if kind not in _ROOMS]:
+        raise InjectionError(f"The model carries {unknown[0]}, which has no format in files: remove it first.")
     methods = [{"peft_type": kind, **_ROOMS[kind].to_peft(_carrying(base, kind), base)} for kind in kinds]
     if len(methods) == 1:
         return methods[0]

@@ -18,6 +18,7 @@ from lightning_ft.injection.surgery import (
     refuse_injected,
     remembering,
     thaw,
+    twin,
     unfreeze,
 )
 from lightning_ft.injection.targets import (
@@ -59,5 +60,6 @@ __all__ = [
     "remembering",
     "resolve_targets",
     "thaw",
+    "twin",
     "unfreeze",
 ]

@@ -68,6 +68,20 @@ class Injected:
         """What the files hold of it: the values of :attr:`adds` by their names there, unless a method says more."""
         return {name: getattr(layer, key).detach() for key, name in cls.adds.items()}
 
+    @classmethod
+    def for_rows(cls, layers: Sequence[Any], index: Tensor) -> Callable[..., Tensor] | None:  # noqa: ARG003
+        """How a module answers a batch whose rows belong to different adapters.
+
+        Args:
+            layers: the module as each adapter has it; None is the bare one.
+            index: (rows,), which of them a row belongs to.
+
+        Returns:
+            A function of the bare module's forward and its input; None if there's nothing quicker than to let each
+            layer answer its rows.
+        """
+        return None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # `module.to(bfloat16)`, as precision plugins call it, must not touch what is trained: in bf16 an
         # update of 1e-4 on a weight of 0.05 is lost. Moves between devices are followed.
@@ -421,6 +435,32 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         raise
+
+
+@contextmanager
+def twin(model: nn.Module) -> Iterator[Any]:
+    """A second tree of modules over the same tensors: what is injected into it, ``model`` doesn't see.
+
+    It carries nothing. After the block the tensors, which are the same, train or don't as before.
+    """
+    made: dict[nn.Module, nn.Module] = {}
+
+    def again(module: nn.Module) -> nn.Module:
+        if module not in made:
+            kind = getattr(module, "_original", type(module))
+            made[module] = copied = kind.__new__(kind)
+            # Parameters, hooks and the like lie in dicts, which the copy may change.
+            vars(copied).update({key: copy.copy(v) if isinstance(v, dict) else v for key, v in vars(module).items()})
+            vars(copied).pop(_FROZEN, None)
+            copied._modules.update({key: c if c is None else again(c) for key, c in module._modules.items()})
+        return made[module]
+
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield again(model)
+    finally:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
 
 
 def refuse_injected(base: Base, method: str) -> None:

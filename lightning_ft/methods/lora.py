@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -139,8 +140,30 @@ class LoRALayer(Injected):
 class LoRALinear(LoRALayer):
     """LoRA on ``nn.Linear``."""
 
+    @classmethod
+    def for_rows(cls, layers: Sequence[Any], index: Tensor) -> Callable[..., Tensor] | None:
+        """``h_i = W x_i + s_i · B_i A_i x_i`` for row i, the A and B of all rows gathered."""
+        some = next(layer for layer in layers if layer is not None)
+        nothing = some.lora_A[:0], some.lora_B.T[:0]
+        pairs = [nothing if layer is None else layer.factors() for layer in layers]
+        # Zeros fill smaller ranks up: they add nothing.
+        a, b = (pad_sequence(list(side), batch_first=True)[index] for side in zip(*pairs, strict=True))
 
-class LoRAConv1D(LoRALayer):
+        def forward(base: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+            out = base(input)
+            x = input.to(a.dtype).reshape(len(index), -1, input.shape[-1])
+            low_rank = torch.bmm(torch.bmm(x, a.mT), b)  # (rows, tokens, out)
+            return out + low_rank.view(out.shape).to(out.dtype)
+
+        return forward
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and ``s · Bᵀ`` (r, out) of the plain LoRA that it is."""
+        tensors = self.in_files(self)
+        return tensors[self.adds["lora_A"]], self.as_plain().scaling * tensors[self.adds["lora_B"]].T
+
+
+class LoRAConv1D(LoRALinear):
     """LoRA on Hugging Face's ``Conv1D``, whose weight is stored as (in, out)."""
 
     out_axis = 1
@@ -220,6 +243,24 @@ class DoRALayer(LoRALayer):
         unbiased = out if bias is None else out - self.spread(bias, self.weight.ndim)
         # As a difference, so that outputs are the base's to the bit as long as the ratio is 1.
         return out + ((self.ratio(self.weight) - 1) * unbiased).to(out.dtype)
+
+    @classmethod
+    def for_rows(cls, layers: Sequence[Any], index: Tensor) -> Callable[..., Tensor] | None:
+        """LoRA's, times each row's ratio without the bias."""
+        lora = super().for_rows(layers, index)
+        if lora is None:
+            return None
+        bias = next(layer.bias for layer in layers if layer is not None)
+        some = next(layer.lora_magnitude_vector for layer in layers if layer is not None)
+        ratios = [torch.ones_like(some) if layer is None else layer.ratio(layer.weight) for layer in layers]
+        more = torch.stack(ratios)[index] - 1  # (rows, out)
+
+        def forward(base: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+            out = lora(base, input)
+            unbiased = (out if bias is None else out - bias).view(len(index), -1, out.shape[-1])
+            return out + (more[:, None] * unbiased).view(out.shape).to(out.dtype)
+
+        return forward
 
     def ratio(self, weight: Tensor) -> Tensor:
         """``m / ‖W + s B A‖``, in the shape of m."""
