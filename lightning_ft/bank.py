@@ -280,7 +280,9 @@ def _kind(layer: Any, module: nn.Module) -> Any:
 
 
 def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    """The first tensor of them, which tells the number of rows."""
+    values = (*args, *kwargs.values())
+    return next((value for value in values if isinstance(value, Tensor) and value.ndim), torch.empty(0))
 
 
 def _forward(layer: nn.Module | None, base: Callable[..., Any]) -> Callable[..., Any]:
@@ -307,6 +309,11 @@ def _by_layer(layers: Sequence[nn.Module | None], index: Tensor) -> Callable[...
             )
             for layer, of in zip(layers, rows, strict=True)
         ]
+        if not isinstance(parts[0], Tensor):
+            raise InjectionError(
+                f"A module that adapters change returns a {type(parts[0]).__name__}, which bank.rows() can't put"
+                " together from several. Use bank.use(), one adapter at a time."
+            )
         return taken(torch.cat(parts), order, count)
 
     return forward

@@ -336,6 +336,33 @@ def test_rows_must_be_as_many_as_the_batch_has(names: int, beams: int, tmp_path:
     assert torch.equal(tiny.logits(model), tiny.logits(tiny.bert_classifier())), "the block is over"
 
 
+class Recurrent(Classifier):
+    """With a head whose output is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(8, 4))
+        self.head = nn.GRU(4, 3, batch_first=True)
+
+    def outputs(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x)[:, None])[0]
+
+
+def test_rows_of_outputs_that_cannot_be_put_together_are_refused(tmp_path: Path) -> None:
+    method = HeadOnly(backbone="encoder")
+    saved(tmp_path, {"ann": method, "ben": method}, lambda: make(Recurrent), "encoder")
+    module, x = make(Recurrent), torch.randn(2, 8)
+    bank = AdapterBank(module, "encoder")
+    for name in ("ann", "ben"):
+        bank.load(name, tmp_path / name)
+    with bank.rows(["ann", "ben"]), pytest.raises(InjectionError, match=r"returns a tuple.*Use bank\.use\(\)"):
+        module.outputs(x)
+    other = make(Recurrent)
+    load_adapter(other, tmp_path / "ben", "encoder")
+    bank.use("ben")
+    assert torch.equal(module.outputs(x), other.outputs(x))
+
+
 def test_a_model_that_carries_a_method_is_not_a_bare_base(tmp_path: Path) -> None:
     module = make(BertInInit)
     LoRA(r=2).inject(module)

@@ -171,3 +171,20 @@ def test_hugging_faces_own_4_bits_merge_and_come_back(tmp_path: Any) -> None:
     torch.testing.assert_close(tiny.logits(model), out, atol=1e-4, rtol=1e-4)
     lightning_ft.unmerge(model)
     assert torch.equal(tiny.logits(model), out)
+
+
+def test_a_bank_over_4_bits_answers_each_row(tmp_path: Any) -> None:
+    alone = {}
+    for change in (0.1, 0.3):
+        model = adapted(change)
+        alone[f"{change}"] = model(X)
+        lightning_ft.save_adapter(model, tmp_path / f"{change}", ".")
+    model = base()
+    bank = lightning_ft.AdapterBank(model, ".")
+    for name in alone:
+        bank.load(name, tmp_path / name)
+    with bank.rows(["0.3", None, "0.1"]):
+        out = model(X)
+    torch.testing.assert_close(out, torch.stack([alone["0.3"][0], base()(X)[1], alone["0.1"][2]]), atol=1e-5, rtol=1e-5)
+    bank.close()
+    assert torch.equal(model(X), base()(X))

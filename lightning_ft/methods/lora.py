@@ -153,7 +153,7 @@ class LoRALinear(LoRALayer):
             out = base(input)
             x = input.to(a.dtype).reshape(len(index), -1, input.shape[-1])
             low_rank = torch.bmm(torch.bmm(x, a.mT), b)  # (rows, tokens, out)
-            return out + low_rank.view(out.shape).to(out.dtype)
+            return out.add_(low_rank.view(out.shape))  # in place: another copy of it would cost more than the product
 
         return forward
 
