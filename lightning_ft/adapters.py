@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_ft.callbacks.checkpoint_io import METADATA, complete_checkpoint
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.files import peft
+from lightning_ft.files.card import Facts
 from lightning_ft.files.state import StateError, frozen_keys, trained_state
 from lightning_ft.injection import (
     Base,
@@ -53,19 +54,24 @@ _ROOMS: dict[str, Any] = {method.peft_type: method for method in METHODS if meth
 Module = TypeVar("Module", bound=LightningModule)
 
 
-def save_adapter(model: nn.Module, directory: str | Path, backbone: str | None = None) -> Path:
+def save_adapter(
+    model: nn.Module, directory: str | Path, backbone: str | None = None, card: Facts | None = None
+) -> Path:
     """Write what was trained, with its head, in PEFT's format (:mod:`lightning_ft.files.peft`).
 
     Args:
         model: the LightningModule, or the Hugging Face model in it.
         directory: where; made if it doesn't exist.
         backbone: path of the base, where it was named for training too.
+        card: what the model card (README.md) is to tell beyond the method, its base and the versions: any of the
+            keys of :class:`lightning_ft.files.card.Facts`, such as ``{"data": "my reviews", "labels": [...]}``.
 
     Returns:
         The directory.
 
     Raises:
         InjectionError: if no parameter of it trains, or it carries what isn't known here.
+        ValueError: if ``card`` has a key that there is no place for.
     """
     base = find_base(model, backbone)
     trained = trained_state(model.state_dict(), frozen_keys(model, base) | _keys_of_others(model, base))
@@ -83,7 +89,7 @@ def save_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
                     tensors |= {mixin.file_key(room.inside, path, name): value for name, value in values}
     # Stock PEFT looks for each of modules_to_save under its own name; what only we read is written once.
     tensors = {key: value.clone() for key, value in tensors.items()} if rooms else _without_ties(tensors)
-    return peft.write(directory, config, tensors)
+    return peft.write(directory, config, tensors, card)
 
 
 def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None = None) -> None:

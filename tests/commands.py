@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import logging
 import os
 import random
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -113,6 +115,28 @@ def tiny_run(model: str, data: Path, *overrides: str) -> list[str]:
         "test_before=false", "trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.log_every_n_steps=1",
         "trainer.enable_progress_bar=false", *overrides,
     ]  # fmt: skip
+
+
+TEXTS = ["the screen is very very good but awful", "good", "hate it", "很好", "the battery is " + "very " * 90 + "bad"]
+"""The last one is longer than the tiny BERT reads."""
+
+
+def predicted(run: Path, scratch: Path) -> torch.Tensor:
+    """What ``lightning-ft predict`` says of TEXTS: probabilities (texts, labels)."""
+    (scratch / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    succeed("predict", f"run={run}", f"file={scratch}/texts.txt", f"out={scratch}/predictions.jsonl")
+    lines = (scratch / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return torch.tensor([list(json.loads(line)["probabilities"].values()) for line in lines])
+
+
+def probabilities(model: Any, folder: Path) -> torch.Tensor:
+    """What a Hugging Face model says of TEXTS, cut and padded by the tokenizer in ``folder``."""
+    from transformers import AutoTokenizer
+
+    batch = AutoTokenizer.from_pretrained(folder)(TEXTS, truncation=True, padding=True, return_tensors="pt")
+    model.eval()
+    with torch.no_grad():
+        return model(**batch).logits.softmax(-1)
 
 
 @contextlib.contextmanager

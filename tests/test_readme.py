@@ -75,13 +75,20 @@ def each_of(arguments: list[str]) -> list[list[str]]:
 
 
 BLOCKS = blocks(README.read_text(encoding="utf-8"))
-PYTHON = [block for block in BLOCKS if block.language == "python"]
+PYTHON = [block for block in BLOCKS if block.language == "python" and block.note != "run"]
 SHELL = [block for block in BLOCKS if block.language in ("bash", "sh", "shell", "console")]
+CHAIN = [block for block in BLOCKS if block.note == "run"]
+"""What needs what the commands before it have left."""
 COMMANDS = {shlex.join(words): words for block in SHELL for words in block.commands()}
 
 
 def at_line(block: Block) -> str:
     return f"line {block.line}"
+
+
+def execute(block: Block) -> None:
+    source = "\n" * (block.line - 1) + block.code  # errors name the README's line
+    exec(compile(source, str(README), "exec"), {"__name__": "readme"})
 
 
 @pytest.mark.slow
@@ -93,8 +100,7 @@ def at_line(block: Block) -> str:
 def test_the_code_runs(block: Block, minilm_dir: str) -> None:
     if block.reason_not_to_run:
         pytest.skip(block.reason_not_to_run)
-    source = "\n" * (block.line - 1) + block.code  # errors name the README's line
-    exec(compile(source, str(README), "exec"), {"__name__": "readme"})
+    execute(block)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -105,15 +111,14 @@ def test_the_command_composes(command: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [block for block in SHELL if block.note == "run"], ids=at_line)
-def test_the_commands_marked_so_run_one_after_the_other(block: Block, minilm_dir: str) -> None:
-    for app, *arguments in block.commands():
-        short = (
-            ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "trainer.enable_progress_bar=false"]
-            if app == "train"
-            else []
-        )
-        succeed(app, *arguments, *short)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+def test_what_is_marked_so_runs_one_after_the_other(minilm_dir: str) -> None:
+    short = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "trainer.enable_progress_bar=false"]
+    for block in CHAIN:
+        if block.language == "python":
+            execute(block)
+        for app, *arguments in block.commands() if block in SHELL else ():
+            succeed(app, *arguments, *(short if app == "train" else []))
 
 
 @pytest.mark.parametrize("block", [block for block in SHELL if "make " in block.code], ids=at_line)
@@ -184,3 +189,4 @@ def test_a_command_that_does_not_compose_is_found() -> None:
 def test_the_readme_has_code_and_commands() -> None:
     assert PYTHON
     assert COMMANDS
+    assert {block.language for block in CHAIN} == {"bash", "python"}

@@ -1,1 +1,1 @@
-"""The command line: ``lightning-ft train | evaluate | predict``. The only users of Hydra."""
+"""The command line: ``lightning-ft train | evaluate | predict | compare | merge | export``. The only users of Hydra."""

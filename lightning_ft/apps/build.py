@@ -41,9 +41,10 @@ def finetuner(config: DictConfig, labels: Sequence[str], label_counts: Sequence[
     return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay)
 
 
-def quiet_trainer() -> L.Trainer:
-    """A Trainer for evaluation that leaves nothing behind."""
+def quiet_trainer(**arguments: Any) -> L.Trainer:
+    """A Trainer for evaluation that leaves nothing behind; ``arguments`` are more of the Trainer's."""
     return L.Trainer(
+        **arguments,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -56,6 +57,12 @@ def predictions(module: FineTuner, data: TextDataModule, texts: Sequence[str]) -
     """The module's prediction for each text, in their order."""
     batches = quiet_trainer().predict(module, data.texts_dataloader(texts)) or []
     return [row for batch in batches for row in batch]
+
+
+def save_tokenizer(data: TextDataModule, folder: Path) -> None:
+    """Write the tokenizer, which then cuts texts where the run did (``truncation=True``)."""
+    data.tokenizer.model_max_length = data.token_limit
+    data.tokenizer.save_pretrained(folder)
 
 
 def tidy_messages(level: int) -> None:

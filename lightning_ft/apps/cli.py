@@ -16,6 +16,9 @@ APPS = {
     "train": "fine-tune a model; writes a run folder",
     "evaluate": "score a run's adapter on a test split",
     "predict": "classify texts with a run's adapter",
+    "compare": "fine-tune by several methods, and compare them",
+    "merge": "write a run as a plain Hugging Face model",
+    "export": "write a run's adapter as a PEFT folder, to share or upload",
 }
 
 _QUOTED = (
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean '{near[0]}'?" if near else ""
         print(f"lightning-ft: there is no command '{app}'; there are {', '.join(APPS)}.{hint}", file=sys.stderr)
         return 2
-    return _run(app, overrides)
+    return run(app, overrides)
 
 
 def _usage() -> str:
@@ -71,15 +74,21 @@ def _quote(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key not in _QUOTED or value in ("", "null") or (value[0] == "[" and value[-1] == "]"):
         return argument
-    # Backslashes mean something only before a quote, the closing one too, and before an interpolation.
-    if key == "text":
+    if key == "text":  # backslashes mean something before an interpolation too
         value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return f"{key}={quoted(value)}"
+
+
+def quoted(value: str) -> str:
+    """``value`` as a string of Hydra's grammar."""
+    # Backslashes mean something only before a quote, the closing one too.
     value = re.sub(r"(\\*)'", r"\1\1\\'", value)
     value = re.sub(r"(\\+)\Z", r"\1\1", value)
-    return f"{key}='{value}'"
+    return f"'{value}'"
 
 
-def _run(app: str, overrides: list[str]) -> int:
+def run(app: str, overrides: Sequence[str]) -> int:
+    """Run an app with overrides that are in Hydra's grammar; the exit status is that of :func:`main`."""
     # Hydra then raises its errors instead of printing them, and the message below can be a good one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     program, sys.argv = sys.argv, [f"lightning-ft {app}", *overrides]

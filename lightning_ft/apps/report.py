@@ -1,16 +1,22 @@
-"""What the command line shows: tables, by rich."""
+"""What the command line shows: tables and progress, by rich."""
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 console = Console(highlight=False)
+
+_CODES, _BAR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), re.compile(r"\|[^|]*\|")
+_QUIET_FOR = 30.0  # seconds, where nothing can be drawn over
 
 
 def scores_table(results: Mapping[str, Any]) -> Table:
@@ -28,7 +34,67 @@ def scores_table(results: Mapping[str, Any]) -> Table:
     table.add_row("training time", "", f"{results['seconds']:.0f} s")
     table.add_row("peak memory", "", f"{results['peak_memory_mib']:,.0f} MiB")
     table.add_row("saved adapter", "", _size(results["adapter_bytes"]))
+    if results["latency"]:
+        table.add_row("inference", "", f"{results['latency']['ms']:.2f} ms a text")
     return table
+
+
+class Watch:
+    """Shows, while processes run one after another, which one it is and the last that it said.
+
+    On a terminal that is a line at the bottom; elsewhere a line is added now and then.
+
+    Args:
+        total: the number of processes.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.fields[name]}", markup=False),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[said]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
+            console=console,
+            transient=True,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=total, name="", said="")
+        self._total, self._ended, self._name, self._heard = total, 0, "", 0.0
+
+    def __enter__(self) -> Watch:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def begin(self, name: str) -> None:
+        """The next one starts."""
+        self._name = name
+        self._progress.update(self._task, name=name, said="")
+        if not console.is_terminal:
+            self._print(f"{name} ({self._ended + 1} of {self._total}) …")
+
+    def say(self, line: str) -> None:
+        """It said a line, or the state of its progress bar."""
+        said = " ".join(_BAR.sub(" ", _CODES.sub("", line)).split())
+        if not said:
+            return
+        self._progress.update(self._task, said=said)
+        if not console.is_terminal and time.monotonic() - self._heard > _QUIET_FOR:
+            self._print(f"{self._name}: {said}")
+
+    def end(self, line: str) -> None:
+        """It has ended; ``line`` says how."""
+        self._ended += 1
+        self._progress.advance(self._task)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
+        self._heard = time.monotonic()
+        self._progress.console.print(line, markup=False, soft_wrap=True)
 
 
 def predictions_table(texts: Sequence[str], predictions: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,4 +1,4 @@
-"""The run folder: what `train` leaves behind, and `evaluate` and `predict` come back to.
+"""The run folder: what `train` leaves behind, and the other commands come back to.
 
 config.yaml     the composed config, with the labels read from the data
 train.log       what was said
@@ -10,11 +10,15 @@ results.json    the figures of the table
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_ft.apps.errors import RequestError
+from lightning_ft.files.card import Facts, Score
 
 CONFIG, ADAPTER, RESULTS = "config.yaml", "adapter", "results.json"
 
@@ -32,7 +36,7 @@ def save_config(folder: Path, config: DictConfig, labels: list[str]) -> None:
 
 
 def find_run(name: str, root: Path = Path("runs")) -> Path:
-    """The folder of a finished run: a path, or ``last`` for the newest one in ``runs/``.
+    """The folder of a finished run: a path, or ``last`` for the newest one in ``runs/``, of a comparison the best.
 
     Raises:
         RequestError: if it isn't there, or holds no adapter.
@@ -55,3 +59,76 @@ def load_config(folder: Path) -> DictConfig:
     config = OmegaConf.load(folder / CONFIG)
     assert isinstance(config, DictConfig)
     return config
+
+
+def needed(folder: Path) -> list[Path]:
+    """What coming back to a run needs: its adapter, and its base where that is a folder."""
+    return [folder / ADAPTER, Path(load_config(folder).model.name)]
+
+
+def load_results(folder: Path) -> dict[str, Any]:
+    """The figures of a run; none where it keeps none."""
+    file = folder / RESULTS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def base_name(config: DictConfig) -> str:
+    """What others call a run's base: its name on the hub where it has one, else the folder."""
+    return str(config.model.get("hub_name") or config.model.name)
+
+
+def card_facts(config: DictConfig, results: Mapping[str, Any]) -> Facts:
+    """What the model card tells of a run.
+
+    Args:
+        config: of the run.
+        results: its figures; older ones hold fewer.
+    """
+    facts: dict[str, Any] = {
+        "base": base_name(config),
+        "labels": list(config.task.labels),
+        "scores": _scores(results.get("before", {}), results.get("after", {})),
+        "settings": {key: value for key, value in _plain(config.method).items() if key != "_target_"},
+        "training": _training(config, results),
+        **{key: results.get(key) for key in ("method", "parameters", "trained", "rows", "versions")},
+    }
+    if isinstance(data := _plain(config.data.path), str):
+        local = data.startswith("bundled:") or Path(data).is_absolute() or Path(data).exists()
+        facts |= {"data": data, "data_on_hub": not local}
+    return cast(Facts, {key: value for key, value in facts.items() if value is not None})
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+_NAMES = {"f1": "macro F1"}
+
+
+def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> list[Score]:
+    kinds = {key: key.removeprefix("test/") for key in after if key != "test/loss"}
+    return [
+        {"type": kind, "name": _NAMES.get(kind, kind), "before": before.get(key), "after": after[key]}
+        for key, kind in kinds.items()
+    ]
+
+
+def _training(config: DictConfig, results: Mapping[str, Any]) -> dict[str, Any]:
+    def chosen(key: str) -> Any:
+        return OmegaConf.select(config, key)
+
+    def named(key: str) -> str | None:
+        target = chosen(f"{key}._target_")
+        return target and str(target).rpartition(".")[2]
+
+    return {
+        "epochs": results.get("epochs"),
+        "steps": results.get("steps"),
+        "optimizer": named("optimizer"),
+        "learning rate": chosen("optimizer.lr"),
+        "schedule": named("scheduler"),
+        "batch size": chosen("data.batch_size"),
+        "batches accumulated": chosen("trainer.accumulate_grad_batches"),
+        "precision": chosen("trainer.precision"),
+        "seed": chosen("seed"),
+    }

@@ -30,13 +30,15 @@ def train(config: DictConfig) -> float:
     from pathlib import Path
 
     import lightning as L
+    import torch
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
 
     from lightning_ft import save_adapter
-    from lightning_ft.apps import build, report, runs
+    from lightning_ft.apps import build, latency, report, runs
     from lightning_ft.callbacks.efficiency import Efficiency
     from lightning_ft.callbacks.finetuning import count_parameters
+    from lightning_ft.files.card import versions
     from lightning_ft.reporting import log_folder
 
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -62,14 +64,16 @@ def train(config: DictConfig) -> float:
         logger.log_hyperparams(settings)
 
     trainer.fit(module, data)
+    steps, epochs = trainer.global_step, trainer.current_epoch
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     if best is None:
         log.info("No checkpoint was kept (validation never ran): the last weights are tested and saved.")
     after = trainer.test(module, data, ckpt_path=best, verbose=False)[0]
-    adapter = save_adapter(module, folder / runs.ADAPTER, method.backbone)
-    log_folder(loggers, f"adapter-{folder.name}", adapter, "adapter")
 
+    samples = build.as_list(config.samples)
+    predictions = build.predictions(module, data, samples) if samples else []
     parameters, trained = count_parameters(module)
+    device = trainer.strategy.root_device
     results = {
         "method": type(method).__name__,
         "data": str(config.data.path),
@@ -77,17 +81,26 @@ def train(config: DictConfig) -> float:
         "after": after,
         "parameters": parameters,
         "trained": trained,
+        "lr": config.optimizer.lr,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "seconds": efficiency.seconds,
         "peak_memory_mib": efficiency.peak_memory_mib,
-        "adapter_bytes": sum(file.stat().st_size for file in adapter.iterdir()),
+        "rows": {split: len(rows) for split, rows in data.splits.items()},
+        "steps": steps,
+        "epochs": epochs,
+        "versions": versions(),
     }
+    card = runs.card_facts(runs.load_config(folder), results)
+    adapter = save_adapter(module, folder / runs.ADAPTER, method.backbone, card)
+    results["adapter_bytes"] = sum(file.stat().st_size for file in adapter.iterdir())
+    log_folder(loggers, f"adapter-{folder.name}", adapter, "adapter")
+    results["latency"] = latency.measure(module, data, trainer, config.latency) if config.latency else None
     (folder / runs.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
     report.console.print(report.scores_table(results))
     report.console.print(f"The run lies in {os.path.relpath(folder)}\n", markup=False)
-    samples = build.as_list(config.samples)
     if samples:
-        report.console.print(report.predictions_table(samples, build.predictions(module, data, samples)))
+        report.console.print(report.predictions_table(samples, predictions))
     for logger in loggers:
         logger.finalize("success")
     return float(after["test/f1"])

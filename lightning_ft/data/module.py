@@ -75,6 +75,11 @@ class TextDataModule(L.LightningDataModule):
         return tokenizer
 
     @property
+    def token_limit(self) -> int:
+        """How many tokens of a text are read."""
+        return self.max_length or min(self.tokenizer.model_max_length, 512)
+
+    @property
     def labels(self) -> list[str]:
         """The names of the labels in the order of their ids; read from the data."""
         self.setup("fit")
@@ -153,8 +158,7 @@ class TextDataModule(L.LightningDataModule):
             )
 
     def _tokenize(self, texts: list[str]) -> dict[str, Any]:
-        limit = self.max_length or min(self.tokenizer.model_max_length, 512)
-        encoded = dict(self.tokenizer(texts, truncation=True, max_length=limit))
+        encoded = dict(self.tokenizer(texts, truncation=True, max_length=self.token_limit))
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
     def _loader(self, rows: Dataset, batch_size: int, seed: int | None) -> DataLoader[Any]:

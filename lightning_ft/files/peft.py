@@ -21,11 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_ft.files.card import Facts, Library, model_card
 from lightning_ft.files.state import StateError
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 INSIDE, OUTSIDE = "base_model.model.", "lightning_module."
 OF_BASE = ".base_layer."  # in names of base weights, of which PEFT adds a copy if an embedding is a target
+
+OWN_TYPES = frozenset({"PARTIAL", "COMBINED"})
+"""The values of ``peft_type`` that stock PEFT doesn't know."""
+
+_OF_WRAPPERS = (".modules_to_save.", ".original_module.")
 
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -50,18 +56,32 @@ def describe_base(root: nn.Module) -> dict[str, Any]:
     }
 
 
-def write(directory: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+def write(
+    directory: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], facts: Facts | None = None
+) -> Path:
     """Write the three files; ``directory`` is made where it doesn't exist.
+
+    Args:
+        directory: where.
+        config: of ``adapter_config.json``.
+        tensors: by their names in PEFT's files.
+        facts: what the model card tells beyond that.
 
     Returns:
         The directory.
+
+    Raises:
+        ValueError: if ``facts`` has a key that :class:`~lightning_ft.files.card.Facts` doesn't.
     """
+    own = config["peft_type"] in OWN_TYPES or any(key.startswith(OUTSIDE) for key in tensors)
+    library: Library = "lightning_ft" if own else "peft"
+    card = model_card(config, sum(tensor.numel() for tensor in tensors.values()), library, facts)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     save_file(contiguous, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (directory / CARD).write_text(_card(config, contiguous), encoding="utf-8")
+    (directory / CARD).write_text(card, encoding="utf-8")
     return directory
 
 
@@ -90,36 +110,8 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except ValueError as error:
         raise StateError(f"'{directory / CONFIG}' isn't a valid JSON object: {error}.") from error
     try:
-        return config, load_file(directory / WEIGHTS)
+        tensors = load_file(directory / WEIGHTS)
     except SafetensorError as error:
         raise StateError(f"'{directory / WEIGHTS}' is damaged or incomplete: {error}.") from error
-
-
-def _card(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    base = config.get("base_model_name_or_path") or "the model it was trained on"
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    stock = "" if config["peft_type"] in ("PARTIAL", "COMBINED") else _LOAD_WITH_PEFT
-    return _CARD.format(base=base, method=config["peft_type"], parameters=parameters, stock=stock)
-
-
-_CARD = """\
----
-library_name: peft
-tags: [lightning_ft]
----
-# {method} adapter
-
-Trained with lightning_ft over `{base}`; {parameters:,} parameters.
-
-```python
-import lightning_ft
-lightning_ft.load_adapter(model, "path/of/this/folder")  # into the base, with the same head
-```
-{stock}"""
-
-_LOAD_WITH_PEFT = """
-```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(model, "path/of/this/folder")
-```
-"""
+    # With bias="all" PEFT writes a head's bias under the names of its wrapper too.
+    return config, {key: t for key, t in tensors.items() if not any(part in key for part in _OF_WRAPPERS)}

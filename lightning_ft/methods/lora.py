@@ -396,6 +396,8 @@ _CONV: dict[Variant, type[LoRALayer]] = {"plain": LoRAConv, "dora": DoRAConv}
 
 def layer_for(module: nn.Module, variant: Variant = "plain") -> type[LoRALayer] | None:
     """The LoRA layer for this kind of module, or None."""
+    if variant != "plain" and hasattr(getattr(module, "weight", None), "quant_state"):
+        return None  # DoRA and PiSSA compute with W itself, of which 4 bits hold a packed form
     if isinstance(module, nn.Linear):
         return None if is_4bit(module) and variant != "plain" else _LINEAR.get(variant)  # those read its weight
     if isinstance(module, nn.Embedding):

@@ -68,6 +68,7 @@ class Classification(nn.Module):
             num_labels=len(self.labels),
             id2label=names,
             label2id={label: i for i, label in names.items()},
+            problem_type="single_label_classification",  # by which transformers' pipeline takes the softmax
         )
         if model.config.pad_token_id is None:  # decoders find a row's last token by it
             model.config.pad_token_id = model.config.eos_token_id

@@ -25,7 +25,7 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
         ModelNotFoundError: if there is no such folder, and the hub doesn't have it or can't be reached.
     """
     try:
-        with _quiet():
+        with quietly():
             return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         if Path(name).is_dir():
@@ -41,8 +41,8 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report that the new head is new, and its progress bar."""
+def quietly() -> Iterator[None]:
+    """Without transformers' report that the new head is new, and its progress bars."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -77,9 +77,9 @@ def trained(tiny_bert_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Tra
     )  # fmt: skip
     seen = []
 
-    def save_adapter(module: nn.Module, directory: Path, backbone: str | None) -> Path:
+    def save_adapter(module: nn.Module, directory: Path, *more: Any) -> Path:
         seen.append(module)
-        return save(module, directory)
+        return save(module, directory, *more)
 
     save = lightning_ft.save_adapter
     with pytest.MonkeyPatch.context() as patch:
@@ -411,9 +411,7 @@ def test_a_rate_of_null_is_the_methods_own_and_a_given_one_is_used(
 ) -> None:
     constant = ["scheduler=constant", "scheduler.warmup=0", f"method={method}"]
     succeed(*tiny_run(tiny_bert_dir, some_csv, *constant, "hydra.run.dir=own"))
-    own = build.method(
-        OmegaConf.create({"method": OmegaConf.load(conf_dir() / "method" / f"{method}.yaml")})
-    ).default_lr
+    own = build.method(runs.load_config(Path("own"))).default_lr
     assert set(column(Path("own"), "lr-AdamW/all")) == {own}
     assert runs.load_config(Path("own")).optimizer.lr == own
     if method == choices("method")[0]:

@@ -142,21 +142,6 @@ def test_pefts_config_reads_ours(tmp_path: Path) -> None:
     assert {case: config_of(tmp_path / case)["modules_to_save"] for case in expected} == expected
 
 
-def test_the_card_tells_how_to_load_it(tmp_path: Path) -> None:
-    model = ours("bert classifier")
-    model.config.name_or_path = "someone/model"
-    save_adapter(model, tmp_path / "lora")
-    assert config_of(tmp_path / "lora")["base_model_name_or_path"] == "someone/model"
-    card = (tmp_path / "lora" / CARD).read_text()
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    for part in ("LORA adapter", "`someone/model`", f"{parameters:,} parameters", "load_adapter(", "PeftModel."):
-        assert part in card
-    head = make(BertInInit)
-    HeadOnly().inject(head)
-    save_adapter(head, tmp_path / "head")
-    assert "PeftModel." not in (tmp_path / "head" / CARD).read_text()
-
-
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 @pytest.mark.parametrize(
     ("build", "target"),

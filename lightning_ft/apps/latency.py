@@ -1,0 +1,73 @@
+"""How long a trained model takes for a text."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from torch import Tensor
+
+from lightning_ft import merge
+from lightning_ft.data.module import TextDataModule
+from lightning_ft.tasks.finetuner import FineTuner
+
+BATCHES = 8
+
+
+def measure(module: FineTuner, data: TextDataModule, trainer: L.Trainer, rounds: int) -> dict[str, Any]:
+    """Time the forward pass alone, on the device and in the precision of the training.
+
+    What methods added is merged first, where it can be: ``module`` is changed.
+
+    Args:
+        module: the trained module.
+        data: its test split gives at most BATCHES batches, spread over it: the same ones for every method.
+        trainer: the one that trained it.
+        rounds: how often each batch is timed, after a first time that doesn't count.
+
+    Returns:
+        ``ms``: milliseconds a text; of each batch, whose lengths differ, the median over the rounds counts.
+        ``quartiles``: how far the passes spread around it. ``batch_size``. ``merged``: None if there was nothing to.
+    """
+    merged: bool | None = False
+    with contextlib.suppress(NotImplementedError):
+        merged = bool(merge(module)) or None
+    device = trainer.strategy.root_device
+    module.to(device).eval()
+    loader = data.test_dataloader()
+    stride = -(-len(loader) // BATCHES)
+    batches = [
+        {key: value for key, value in move_data_to_device(dict(batch), device).items() if key != "labels"}
+        for i, batch in enumerate(loader)
+        if i % stride == 0
+    ]
+    with torch.inference_mode(), trainer.precision_plugin.forward_context():
+        passes = [[_seconds(module, batch, device) for batch in batches] for _ in range(rounds + 1)]
+    seconds = np.array(passes[1:])  # (rounds, batches)
+    usual = np.median(seconds, axis=0)
+    ms = 1000 * float(usual.sum()) / sum(len(batch["input_ids"]) for batch in batches)
+    return {
+        "ms": ms,
+        "quartiles": [ms * ratio for ratio in np.quantile(seconds / usual, [0.25, 0.75]).tolist()],
+        "batch_size": loader.batch_size,
+        "merged": merged,
+    }
+
+
+def _seconds(module: FineTuner, batch: dict[str, Tensor], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    module(**batch)
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    """Until an accelerator has done what it was given to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,85 @@
+"""``lightning-ft merge``: write a run as a plain Hugging Face model."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_ft.apps.errors import RequestError
+from lightning_ft.apps.paths import conf_dir
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_ft.data.module import TextDataModule
+    from lightning_ft.tasks.finetuner import FineTuner
+
+
+@hydra.main(config_path=str(conf_dir()), config_name="merge", version_base="1.3")
+def main(config: DictConfig) -> None:
+    """Fold the run's adapter into its base, write the model, and see that what was written predicts the same."""
+    run, out = config.run, config.out
+
+    import lightning_ft
+    from lightning_ft.apps import build, report, runs
+    from lightning_ft.apps.folders import new_folder
+    from lightning_ft.apps.restore import restore
+    from lightning_ft.callbacks.finetuning import count_parameters
+    from lightning_ft.files import peft
+    from lightning_ft.files.card import model_card
+    from lightning_ft.tasks.pretrained import load_pretrained, quietly
+
+    build.register_resolvers()
+    build.tidy_messages(logging.WARNING)
+    folder = runs.find_run(run)
+    with new_folder(out, config.overwrite, runs.needed(folder)) as new:
+        module, data = restore(folder, OmegaConf.create())
+        build.save_tokenizer(data, new)  # before it's used, since it keeps how it was called last
+        unmerged = _probabilities(module, data, config.batches)
+        try:
+            lightning_ft.merge(module)
+        except NotImplementedError as error:
+            raise RequestError(
+                f"{error} Export it, and load it over its base: lightning-ft export run={run} out={out}"
+            ) from error
+        parameters, _ = count_parameters(module)
+        facts = runs.card_facts(runs.load_config(folder), runs.load_results(folder))
+        card = model_card(peft.describe_base(module.model), parameters, "transformers", facts)
+        (new / peft.CARD).write_text(card, encoding="utf-8")
+        with quietly():
+            module.model.save_pretrained(new)
+        module.model = load_pretrained(type(module.model), str(new))
+        changes = (_probabilities(module, data, config.batches) - unmerged).abs()
+        change = changes.max().item() if len(changes) else 0.0
+        if not change <= config.tolerance:  # nor if it isn't a number
+            raise RequestError(
+                f"'{folder}' isn't merged, for a probability would change by {change:.2g}: the weights are kept in"
+                f" {str(module.model.dtype).removeprefix('torch.')}, and what is added to them is rounded to that."
+                " If it will do: tolerance=1."
+            )
+    compared = f"on {len(changes):,} test rows no probability differs by more than {change:.1g}"
+    report.console.print(
+        f"{folder} is merged in {out}: {type(module.model).__name__}, {parameters:,} parameters;"
+        f" {compared if len(changes) else 'not compared with the run'}.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _probabilities(module: FineTuner, data: TextDataModule, batches: int) -> Tensor:
+    """Probabilities (rows, labels) for the first batches of the test data, the longest texts."""
+    import torch
+
+    from lightning_ft.apps import build
+    from lightning_ft.data.sources import DataError
+
+    if not batches:
+        return torch.empty(0)
+    try:
+        predictions = build.quiet_trainer(limit_predict_batches=batches).predict(module, data.test_dataloader()) or []
+    except DataError as error:
+        raise RequestError(f"{error} To merge without comparing with the run on its test data: batches=0.") from error
+    return torch.tensor([list(row["probabilities"].values()) for batch in predictions for row in batch])
