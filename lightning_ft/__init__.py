@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lightning_ft.adapters import load_adapter, load_from_checkpoint, merge, save_adapter
+    from lightning_ft.adapters import load_adapter, load_from_checkpoint, merge, save_adapter, unmerge
+    from lightning_ft.bank import AdapterBank
     from lightning_ft.callbacks.efficiency import Efficiency
     from lightning_ft.callbacks.finetuning import FineTuning
     from lightning_ft.data.module import TextDataModule
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_ft.tasks.finetuner import FineTuner
 
 _HOMES = {
+    "AdapterBank": "lightning_ft.bank",
     "BitFit": "lightning_ft.methods.bitfit",
     "Classification": "lightning_ft.tasks.classification",
     "Efficiency": "lightning_ft.callbacks.efficiency",
@@ -47,12 +49,13 @@ _HOMES = {
     "load_from_checkpoint": "lightning_ft.adapters",
     "merge": "lightning_ft.adapters",
     "save_adapter": "lightning_ft.adapters",
+    "unmerge": "lightning_ft.adapters",
 }
 
 __all__ = [  # noqa: RUF022 - by use
     "LoRA", "IA3", "BitFit", "LayerNormTuning", "TopLayers", "GradualUnfreezing", "FullFineTuning", "HeadOnly",
     "FineTuning",
-    "merge", "save_adapter", "load_adapter", "load_from_checkpoint", "InjectionError",
+    "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "InjectionError",
     "FineTuner", "Classification", "TextDataModule", "Efficiency",
 ]  # fmt: skip
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from lightning_ft.callbacks.checkpoint_io import METADATA, complete_checkpoint
@@ -21,12 +23,16 @@ from lightning_ft.injection import (
     Injected,
     InjectionError,
     all_or_nothing,
+    bring_back,
     detach,
     find_base,
+    forget,
     freeze_base,
     frozen_parts,
     injected_modules,
     injected_names,
+    is_4bit,
+    remembering,
     thaw,
 )
 from lightning_ft.methods.bitfit import BitFit
@@ -36,6 +42,7 @@ from lightning_ft.methods.head import HeadOnly
 from lightning_ft.methods.ia3 import IA3
 from lightning_ft.methods.layernorm import LayerNormTuning
 from lightning_ft.methods.lora import LoRA
+from lightning_ft.quantization import dense_weight, repacked, set_weight
 
 METHODS: tuple[type[FineTuning], ...] = (
     LoRA, IA3, BitFit, LayerNormTuning, TopLayers, GradualUnfreezing, FullFineTuning, HeadOnly,
@@ -63,7 +70,7 @@ def save_adapter(
         The directory.
 
     Raises:
-        InjectionError: if no parameter of it trains.
+        InjectionError: if no parameter of it trains, or it carries what isn't known here.
         ValueError: if ``card`` has a key that there is no place for.
     """
     base = find_base(model, backbone)
@@ -100,6 +107,19 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
         StateError: if its tensors don't fit the model; the model is then left as it was.
         ValueError: if it holds a method that isn't known here.
     """
+    with torch.no_grad():
+        for file_name, place, tensor in make_room(model, directory, backbone):
+            place.copy_(tensor)
+            if isinstance(place, nn.Parameter) and not file_name.endswith(f"{peft.OF_BASE}weight"):
+                place.requires_grad_(True)
+
+
+def make_room(model: nn.Module, directory: str | Path, backbone: str | None = None) -> list[tuple[str, Tensor, Tensor]]:
+    """Inject what an adapter needs, as :func:`load_adapter`, which then fills in the values.
+
+    Returns:
+        Each of the adapter's tensors, its name in the file first, with the one of the model that takes its value.
+    """
     config, tensors = peft.read(directory)
     base = find_base(model, backbone)
     modules = [f".{name}" for name, _ in base.root.named_modules()]  # PEFT names heads that a model may not have
@@ -112,22 +132,28 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
             held = [name for name, _ in base.named_parameters() if f"{peft.INSIDE}{name}" in tensors]
             freeze_base(base, "PARTIAL", parameters=held)
         places = _places(model, base, tensors, rooms, directory)
-    with torch.no_grad():
-        for file_name, place, tensor in places:
-            place.copy_(tensor)
-            if isinstance(place, nn.Parameter) and not file_name.endswith(f"{peft.OF_BASE}weight"):
-                place.requires_grad_(True)
     _warn_of_new_heads(base, {id(place) for _, place, _ in places}, directory)
+    return places
 
 
-def merge(model: nn.Module) -> list[str]:
+def merge(model: nn.Module, *, reversible: bool = False, dequantize: bool = False, max_drift: float = 0.5) -> list[str]:
     """Fold what methods added into the base's own weights, and restore the original module tree.
+
+    Args:
+        model: the model, or a part of it.
+        reversible: keep what :func:`unmerge` needs: the adapted weights as they were (their memory once more) and what
+            was added. A merge makes final what was kept of an earlier one.
+        dequantize: make the adapted ones of 4-bit layers dense: each becomes an ``nn.Linear``, in the dtype that it was
+            quantized from, and the merge is as exact as that dtype.
+        max_drift: for 4-bit layers that stay so: how large the error of packing the sums again may be, relative to
+            the change itself (‖packed - wanted‖ / ‖wanted - before‖, over all of them). At 1 nothing is left of it.
 
     Returns:
         Paths of the merged modules; none where nothing was added (head only, full fine-tuning).
 
     Raises:
         NotImplementedError: if a method in the model can't be merged; the model is then left as it was.
+        InjectionError: if the drift is above ``max_drift``; the model is then left as it was.
     """
     layers = list(injected_modules(model))
     for name, layer in layers:
@@ -137,13 +163,43 @@ def merge(model: nn.Module) -> list[str]:
                     f"{mixin.method} can't be merged: it changes the {mixin.acts_on} of '{name}', not its weights. The"
                     " model can be served as it is; save_adapter keeps what was trained."
                 )
-    folded = {name: layer.folded(cast(Any, layer).weight.detach()) for name, layer in layers}
+    folded: dict[str, dict[str, Tensor]] = {}
+    rounding: list[tuple[float, float]] = []
     for name, layer in layers:
-        for key, value in folded[name].items():
-            getattr(layer, key).data.copy_(value)
-        detach(model, name)
-    thaw(model)  # what is saved from here on is the whole model
+        module: Any = layer
+        folded[name] = layer.folded(dense_weight(module))
+        if is_4bit(module) and not dequantize:
+            folded[name]["weight"], error, change = repacked(module, folded[name]["weight"])
+            rounding.append((error, change))
+    _report_drift(rounding, max_drift)
+    if not reversible:
+        forget(model)
+    with remembering(model) if reversible else nullcontext():
+        for name, layer in layers:
+            detach(model, name)
+            module = cast(Any, layer)
+            for key, value in folded[name].items():
+                if key == "weight" and is_4bit(module):
+                    set_weight(module, value)
+                else:
+                    getattr(module, key).data.copy_(value)
+        thaw(model)  # what is saved from here on is the whole model
     return [name for name, _ in layers]
+
+
+def unmerge(model: nn.Module) -> list[str]:
+    """Undo ``merge(model, reversible=True)``: weights, what was added, and what trains are as before, to the bit.
+
+    Parameters are the same objects as before, so that an optimizer goes on with them. What has been trained since in
+    the merged weights is lost.
+
+    Returns:
+        Paths of the modules that carry something again.
+
+    Raises:
+        InjectionError: if the model was merged for good, or never, or was injected again since.
+    """
+    return bring_back(model)
 
 
 def load_from_checkpoint(
@@ -233,6 +289,25 @@ def _method_of(record: Mapping[str, Any]) -> FineTuning:
     return known[record["method"]](**record["arguments"])
 
 
+def _report_drift(rounding: Sequence[tuple[float, float]], max_drift: float) -> None:
+    """Say what packing the merged 4-bit layers again costs, of each the norms of the error and of the change.
+
+    Raises:
+        InjectionError: if it's more than ``max_drift``.
+    """
+    change = math.hypot(*(change for _, change in rounding))
+    if not change:
+        return
+    drift = math.hypot(*(error for error, _ in rounding)) / change
+    found = f"the error of packing {len(rounding)} merged layers into 4 bits again is {drift:.2f} of the change itself"
+    if drift > max_drift:
+        raise InjectionError(
+            f"Merged, the adapter would be lost: {found} (max_drift={max_drift:g}). merge(model, dequantize=True) makes"
+            f" these layers dense; merge(model, max_drift={math.ceil(10 * drift) / 10:g}) takes the loss."
+        )
+    rank_zero_info(f"merge: {found}.")
+
+
 # ------------------------------------------------------------------------------- names in a model and in files
 
 
@@ -271,6 +346,8 @@ def _carrying(base: Base, kind: str) -> dict[str, Any]:
 
 def _method_fields(base: Base) -> dict[str, Any]:
     kinds = dict.fromkeys(mixin.method for _, layer in injected_modules(base.root) for mixin in layer._mixins)
+    if unknown := [kind for kind in kinds if kind not in _ROOMS]:
+        raise InjectionError(f"The model carries {unknown[0]}, which has no format in files: remove it first.")
     methods = [{"peft_type": kind, **_ROOMS[kind].to_peft(_carrying(base, kind), base)} for kind in kinds]
     if len(methods) == 1:
         return methods[0]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lightning_ft
-from lightning_ft import InjectionError, LoRA
+from lightning_ft import HeadOnly, InjectionError, LoRA
 from lightning_ft.callbacks.checkpoint_io import METADATA
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.files.state import StateError
@@ -203,6 +203,68 @@ def test_a_part_of_a_model_can_be_merged_alone() -> None:
     assert lightning_ft.merge(model.encoder.layer[0]) == ["attention.self.query"]
     assert {name.split(".lora")[0] for name in injected_names(model)} == {"encoder.layer.1.attention.self.query"}
     torch.testing.assert_close(model(tiny.TOKENS).last_hidden_state, before, atol=1e-5, rtol=1e-5)
+
+
+def trained_lora(*targets: str) -> Any:
+    model = tiny.bert()
+    LoRA(r=2, target_modules=list(targets)).inject(model)
+    for _, layer in injected_modules(model):
+        nn.init.normal_(layer.lora_B)
+    return model
+
+
+def test_a_reversible_merge_keeps_what_it_changed_and_no_more() -> None:
+    model = trained_lora("query")
+    lightning_ft.merge(model, reversible=True)
+    kept = [b for m in model.modules() for k, b in vars(m).items() if k == "_before_merge_by_lightning_ft"]
+    assert {key for before in kept for key in before.values} == {"weight"}
+    assert {key for before in kept for key in before.tensors} == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize("again", [{}, {"reversible": True}])
+def test_a_second_merge_makes_the_first_final_unless_there_is_nothing_in_it(again: dict[str, Any]) -> None:
+    model = trained_lora("query")
+    lightning_ft.merge(model, reversible=True)
+    assert lightning_ft.merge(model, **again) == []
+    if again:
+        assert len(lightning_ft.unmerge(model)) == 2
+    else:
+        with pytest.raises(InjectionError, match="merged for good"):
+            lightning_ft.unmerge(model)
+
+
+def test_only_the_last_of_two_merges_can_be_undone() -> None:
+    model = trained_lora("query")
+    lightning_ft.merge(model, reversible=True)
+    once = {key: value.clone() for key, value in model.state_dict().items()}
+    LoRA(r=1, target_modules=["value"]).inject(model)
+    with pytest.raises(InjectionError, match=r"was injected again after the merge \(its base is frozen\)"):
+        lightning_ft.unmerge(model)
+    lightning_ft.merge(model, reversible=True)
+    assert all("value" in name for name in lightning_ft.unmerge(model))
+    lightning_ft.merge(model)
+    assert all(torch.equal(value, once[key]) for key, value in model.state_dict().items())
+
+
+def test_a_merged_model_that_moved_is_unmerged_where_it_is() -> None:
+    model = trained_lora("query")
+    lightning_ft.merge(model, reversible=True)
+    lightning_ft.unmerge(model.to("meta", torch.bfloat16))
+    added = injected_names(model)
+    assert added
+    for name, parameter in model.named_parameters():
+        assert parameter.device.type == "meta"
+        assert parameter.dtype == (torch.float32 if name in added else torch.bfloat16)
+
+
+def test_a_merge_without_layers_thaws_and_can_be_undone() -> None:
+    module = make(BertInInit)
+    HeadOnly().inject(module)
+    trained = [p.requires_grad for p in module.parameters()]
+    assert lightning_ft.merge(module, reversible=True) == []
+    assert all(p.requires_grad for p in module.parameters())
+    assert lightning_ft.unmerge(module) == []
+    assert [p.requires_grad for p in module.parameters()] == trained
 
 
 def test_merging_what_carries_nothing_does_nothing() -> None:

@@ -189,6 +189,30 @@ def test_merging_keeps_the_outputs_and_gives_the_tree_back(name: str) -> None:
     assert lightning_ft.merge(module) == []
 
 
+@those_that(lambda method: bool(method.layers) and acts_on_weights_alone(method))
+def test_a_reversible_merge_is_undone_to_the_bit_and_training_goes_on(name: str) -> None:
+    module, untouched = fitted(name, epochs=1), fitted(name, epochs=1)
+    outputs, parameters = output(module), list(module.parameters())
+    merged = lightning_ft.merge(module.model, reversible=True)
+    assert list(module.state_dict()) == list(make(BertInInit).state_dict())
+    for model in (copy.deepcopy(module.model), pickle.loads(pickle.dumps(module.model)), module.model):
+        assert lightning_ft.unmerge(model) == merged
+        for (key, one), (other, two) in zip(
+            model.state_dict().items(), untouched.model.state_dict().items(), strict=True
+        ):
+            assert key == other
+            assert torch.equal(one, two)
+        assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in untouched.model.parameters()]
+    assert torch.equal(output(module), outputs)
+    assert all(one is two for one, two in zip(module.parameters(), parameters, strict=True)), "an optimizer holds them"
+    for model in (module, untouched):
+        torch.manual_seed(3)
+        trainer(method(name), max_epochs=1).fit(model.train())
+    assert all(torch.equal(one, two) for one, two in zip(module.parameters(), untouched.parameters(), strict=True))
+    with pytest.raises(lightning_ft.InjectionError, match=r"merged for good, or never.*reversible=True"):
+        lightning_ft.unmerge(module)
+
+
 @those_that(lambda method: not acts_on_weights_alone(method))
 def test_a_merge_that_cannot_be_is_refused_and_changes_nothing(name: str) -> None:
     module = fitted(name)

@@ -28,7 +28,8 @@ ROOMS: dict[str, set[str] | None] = {
     "tasks": {"ops", "reporting", "optim"},
     "optim": {"injection", "ops", "reporting", "tasks.pretrained"},
     "data": {"ops", "reporting", "optim", "tasks.pretrained"},
-    "adapters": {"methods", "files", "injection", "callbacks"},
+    "adapters": {"methods", "files", "injection", "callbacks", "quantization"},
+    "bank": {"adapters", "injection"},
     "apps": None,
 }
 """What of ours a room may import beside itself, everything below a name included; None: all. A method is a room."""

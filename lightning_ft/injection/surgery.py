@@ -14,14 +14,15 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.injection.targets import Base, InjectionError, parent_of
+from lightning_ft.injection.targets import Base, InjectionError, is_4bit, parent_of
 
 _FROZEN = "_frozen_by_lightning_ft"
+_BEFORE = "_before_merge_by_lightning_ft"
 
 
 class Injected:
@@ -66,6 +67,20 @@ class Injected:
     def in_files(cls, layer: Any) -> dict[str, Tensor]:
         """What the files hold of it: the values of :attr:`adds` by their names there, unless a method says more."""
         return {name: getattr(layer, key).detach() for key, name in cls.adds.items()}
+
+    @classmethod
+    def for_rows(cls, layers: Sequence[Any], index: Tensor) -> Callable[..., Tensor] | None:  # noqa: ARG003
+        """How a module answers a batch whose rows belong to different adapters.
+
+        Args:
+            layers: the module as each adapter has it; None is the bare one.
+            index: (rows,), which of them a row belongs to.
+
+        Returns:
+            A function of the bare module's forward and its input; None if there's nothing quicker than to let each
+            layer answer its rows.
+        """
+        return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # `module.to(bfloat16)`, as precision plugins call it, must not touch what is trained: in bf16 an
@@ -314,6 +329,92 @@ def frozen_parts(model: nn.Module) -> set[str]:
     return {f"{name}.{part}".strip(".") for name in records for parts in records[name]["parts"] for part in parts}
 
 
+class _Before:
+    """A module as it was before a change: what it takes to put it back, to the bit."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.mixins: tuple[type[Injected], ...] = getattr(module, "_mixins", ())
+        self.original: Any = getattr(module, "_original", type(module))
+        self.attributes = dict(vars(module))
+        self.tensors: dict[str, Any] = {**module._parameters, **module._buffers}
+        self.values = {key: p.detach().clone() for key, p in module._parameters.items() if p is not None}
+        of_base = vars(module).get(_FROZEN, {"parameters": []})["parameters"]
+        self.frozen = [name for name in of_base if not module.get_parameter(name).requires_grad]
+
+    def drop_unchanged(self, module: nn.Module) -> None:
+        """Keep what ``module`` hasn't any more: attributes and tensors that are gone, values written over."""
+        now: dict[str, Any] = {**module._parameters, **module._buffers}
+        gone = {key for key, tensor in self.tensors.items() if now.get(key) is not tensor}
+        self.attributes = {key: v for key, v in self.attributes.items() if vars(module).get(key) is not v}
+        self.values = {key: v for key, v in self.values.items() if key not in gone and not torch.equal(v, now[key])}
+        self.tensors = {key: self.tensors[key] for key in self.tensors if key in gone}
+
+    def put_back(self, module: nn.Module) -> None:
+        """Make ``module`` what it was, on the device where it is now."""
+        device = next((p.device for p in module._parameters.values() if p is not None), None)
+        module.__class__ = _combine(self.mixins, self.original)
+        vars(module).update(self.attributes)
+        for key, tensor in self.tensors.items():
+            (module._parameters if isinstance(tensor, nn.Parameter) else module._buffers)[key] = tensor
+        for key, value in self.values.items():
+            module.get_parameter(key).data.copy_(value)
+        for name in self.frozen:
+            module.get_parameter(name).requires_grad_(False)
+        if device is not None:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
+
+
+@contextmanager
+def remembering(model: nn.Module) -> Iterator[None]:
+    """Keep what the block changes of injected modules, on them, so that :func:`bring_back` can undo it.
+
+    It's kept as plain attributes: no key of a state dict shows it, and copies and pickles of the model have it too.
+    It costs the memory of what was taken off and of the values that were written over.
+    """
+    kept = [(m, _Before(m)) for m in model.modules() if isinstance(m, Injected) or _FROZEN in vars(m)]
+    yield
+    if kept:
+        forget(model)
+    for module, before in kept:
+        before.drop_unchanged(module)
+        vars(module)[_BEFORE] = before
+
+
+def bring_back(model: nn.Module) -> list[str]:
+    """Undo the last change under :func:`remembering`; what has been trained since in what it changed is lost.
+
+    Returns:
+        Paths of the modules that carry something again.
+
+    Raises:
+        InjectionError: if nothing is remembered, or a method has been injected there since. Nothing is changed then.
+    """
+    changed = [(name, module) for name, module in model.named_modules() if _BEFORE in vars(module)]
+    if not changed:
+        raise InjectionError(
+            "There is nothing to unmerge: the model was merged for good, or never. Only merge(model, reversible=True)"
+            " keeps the original weights; otherwise load them again, and load_adapter() what was saved of the method."
+        )
+    for name, module in changed:
+        carried = [mixin.method for mixin in getattr(module, "_mixins", ())]
+        if carried or _FROZEN in vars(module):
+            raise InjectionError(
+                f"'{name}' was injected again after the merge ({', '.join(carried) or 'its base is frozen'}): what was"
+                " merged can't come back under it. Merge that too, or load the pretrained weights again."
+            )
+    for name, module in changed:
+        vars(module).pop(_BEFORE).put_back(module)
+        if isinstance(module, Injected):
+            _leave_fast_path(model, name)
+    return [name for name, module in changed if isinstance(module, Injected)]
+
+
+def forget(model: nn.Module) -> None:
+    """Let go of what :func:`remembering` keeps: what was changed stays so."""
+    for module in model.modules():
+        vars(module).pop(_BEFORE, None)
+
+
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Take off what was injected, and thaw what was frozen, within the block if it raises."""
@@ -334,6 +435,32 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         raise
+
+
+@contextmanager
+def twin(model: nn.Module) -> Iterator[Any]:
+    """A second tree of modules over the same tensors: what is injected into it, ``model`` doesn't see.
+
+    It carries nothing. After the block the tensors, which are the same, train or don't as before.
+    """
+    made: dict[nn.Module, nn.Module] = {}
+
+    def again(module: nn.Module) -> nn.Module:
+        if module not in made:
+            kind = getattr(module, "_original", type(module))
+            made[module] = copied = kind.__new__(kind)
+            # Parameters, hooks and the like lie in dicts, which the copy may change.
+            vars(copied).update({key: copy.copy(v) if isinstance(v, dict) else v for key, v in vars(module).items()})
+            vars(copied).pop(_FROZEN, None)
+            copied._modules.update({key: c if c is None else again(c) for key, c in module._modules.items()})
+        return made[module]
+
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield again(model)
+    finally:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
 
 
 def refuse_injected(base: Base, method: str) -> None:
@@ -358,7 +485,8 @@ def check_attachable(model: nn.Module, name: str, mixin: type[Injected]) -> None
 
     Raises:
         InjectionError: if the module's forward isn't the one that runs (``nn.MultiheadAttention.out_proj``, a
-            forward replaced on the instance), it is sharded, or another method acts on the same thing of it.
+            forward replaced on the instance), it is sharded, its weights are packed for inference, or another method
+            acts on the same thing of it.
     """
     module, parent = model.get_submodule(name), parent_of(model, name)
     rivals = [other for other in getattr(module, "_mixins", ()) if other.acts_on == mixin.acts_on]
@@ -382,6 +510,11 @@ def check_attachable(model: nn.Module, name: str, mixin: type[Injected]) -> None
             f"'{name}' can't be adapted: its forward was replaced on the instance (accelerate's device_map"
             " or offloading does so), and what is injected would never run. Load the model without it."
         )
+    if is_4bit(module) and getattr(cast(Any, module).weight.quant_state, "packing_format_for_cpu", False):
+        raise InjectionError(
+            f"'{name}' can't be adapted: a forward in eval mode has packed its 4-bit weights anew for this CPU"
+            " (bitsandbytes does so, and they can't train then). Inject before the first forward: load the model again."
+        )
 
 
 def _refuse_tied(root: nn.Module, names: Sequence[str], method: str) -> None:
@@ -400,11 +533,13 @@ def _refuse_tied(root: nn.Module, names: Sequence[str], method: str) -> None:
 
 
 # In eval mode torch's TransformerEncoderLayer hands its weights to one fused kernel and calls no forward of
-# its parts; what is injected there would be skipped, in evaluation only. These attributes switch that off.
+# its parts; what is injected there would be skipped, in evaluation only. bitsandbytes' Linear4bit packs its weights
+# anew in place on some CPUs, and can't train or be merged any more. These attributes switch that off.
 _FAST_PATH = {
     nn.TransformerEncoder: "use_nested_tensor",
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
 }
+_REPACKING = "support_avx512bf16_for_cpu"
 _SAVED = "_fast_path_before_injection"
 
 
@@ -415,17 +550,19 @@ def _fast_paths_around(model: nn.Module, name: str) -> Iterator[tuple[nn.Module,
         for kind, switch in _FAST_PATH.items():
             if isinstance(ancestor, kind):
                 yield ancestor, switch
+    if hasattr(module := model.get_submodule(name), _REPACKING):
+        yield module, _REPACKING
 
 
 def _leave_fast_path(model: nn.Module, name: str) -> None:
-    for ancestor, switch in _fast_paths_around(model, name):
-        if _SAVED not in vars(ancestor):
-            setattr(ancestor, _SAVED, getattr(ancestor, switch))
-            setattr(ancestor, switch, 0)
+    for module, switch in _fast_paths_around(model, name):
+        if _SAVED not in vars(module):
+            setattr(module, _SAVED, getattr(module, switch))
+            setattr(module, switch, 0)
 
 
 def _return_to_fast_path(model: nn.Module, name: str) -> None:
-    for ancestor, switch in _fast_paths_around(model, name):
-        if _SAVED in vars(ancestor) and not any(injected_modules(ancestor)):
-            setattr(ancestor, switch, getattr(ancestor, _SAVED))
-            delattr(ancestor, _SAVED)
+    for module, switch in _fast_paths_around(model, name):
+        if _SAVED in vars(module) and not any(injected_modules(module)):
+            setattr(module, switch, getattr(module, _SAVED))
+            delattr(module, _SAVED)

@@ -226,6 +226,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(c.__qualname__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
 
 
+def is_4bit(module: nn.Module) -> bool:
+    """Whether its weight is packed into 4 bits (bitsandbytes' ``Linear4bit``, once it's on its device)."""
+    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+
+
 def parent_of(model: nn.Module, name: str) -> nn.Module:
     """The module that holds the one at ``name``."""
     return model.get_submodule(name.rpartition(".")[0])

@@ -12,7 +12,7 @@ layer that it stands behind (l ∘ (W x + b)) or before (W (l ∘ x) + b), and i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -55,6 +55,17 @@ class IA3Layer(Injected):
         """``W`` with its rows (for inputs its columns) times ``l``; it broadcasts over the other dimension."""
         return {"weight": weight * (self.ia3_l.T if is_conv1d(self) else self.ia3_l)}  # type: ignore[arg-type]
 
+    @classmethod
+    def vectors(cls, layers: Sequence[Any], index: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function that rescales (rows, …, n) by the l of the layer of each row: ``layers[index[i]]``, None for 1."""
+        some = next(layer.ia3_l for layer in layers if layer is not None)
+        l_rows = torch.stack([torch.ones_like(some) if layer is None else layer.ia3_l for layer in layers])[index]
+
+        def rescale(x: Tensor) -> Tensor:
+            return (x.reshape(len(index), -1, x.shape[-1]) * l_rows.flatten(1)[:, None]).view(x.shape).to(x.dtype)
+
+        return rescale
+
     @staticmethod
     def start(shape: tuple[int, int], ones: bool) -> dict[str, Tensor]:
         """Values for what is added: ones, or for tests, random ones."""
@@ -74,6 +85,12 @@ class IA3Output(IA3Layer):
         bias = {} if self.bias is None else {"bias": self.bias.detach() * self.ia3_l.flatten()}
         return {**super().folded(weight), **bias}
 
+    @classmethod
+    def for_rows(cls, layers: Sequence[Any], index: Tensor) -> Callable[..., Tensor]:
+        """``h_i = l_i ∘ (W x_i + b)`` for row i."""
+        rescale = cls.vectors(layers, index)
+        return lambda base, input: rescale(base(input))
+
 
 class IA3Input(IA3Layer):
     """``h = W (l ∘ x) + b``, for the second linear layer of a feed-forward block."""
@@ -82,6 +99,12 @@ class IA3Input(IA3Layer):
         """(..., in) to (..., out)."""
         out: Tensor = super().forward((input * self.ia3_l.flatten()).to(input.dtype))  # type: ignore[misc]
         return out
+
+    @classmethod
+    def for_rows(cls, layers: Sequence[Any], index: Tensor) -> Callable[..., Tensor]:
+        """``h_i = W (l_i ∘ x_i) + b`` for row i."""
+        rescale = cls.vectors(layers, index)
+        return lambda base, input: base(rescale(input))
 
 
 def sizes(module: Any) -> tuple[int, int]:

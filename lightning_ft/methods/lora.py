@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -41,6 +42,7 @@ from lightning_ft.injection import (
     exactly,
     find_base,
     inject_layers,
+    is_4bit,
     is_conv1d,
     match_modules,
     resolve_targets,
@@ -138,8 +140,30 @@ class LoRALayer(Injected):
 class LoRALinear(LoRALayer):
     """LoRA on ``nn.Linear``."""
 
+    @classmethod
+    def for_rows(cls, layers: Sequence[Any], index: Tensor) -> Callable[..., Tensor] | None:
+        """``h_i = W x_i + s_i · B_i A_i x_i`` for row i, the A and B of all rows gathered."""
+        some = next(layer for layer in layers if layer is not None)
+        nothing = some.lora_A[:0], some.lora_B.T[:0]
+        pairs = [nothing if layer is None else layer.factors() for layer in layers]
+        # Zeros fill smaller ranks up: they add nothing.
+        a, b = (pad_sequence(list(side), batch_first=True)[index] for side in zip(*pairs, strict=True))
 
-class LoRAConv1D(LoRALayer):
+        def forward(base: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+            out = base(input)
+            x = input.to(a.dtype).reshape(len(index), -1, input.shape[-1])
+            low_rank = torch.bmm(torch.bmm(x, a.mT), b)  # (rows, tokens, out)
+            return out.add_(low_rank.view(out.shape))  # in place: another copy of it would cost more than the product
+
+        return forward
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and ``s · Bᵀ`` (r, out) of the plain LoRA that it is."""
+        tensors = self.in_files(self)
+        return tensors[self.adds["lora_A"]], self.as_plain().scaling * tensors[self.adds["lora_B"]].T
+
+
+class LoRAConv1D(LoRALinear):
     """LoRA on Hugging Face's ``Conv1D``, whose weight is stored as (in, out)."""
 
     out_axis = 1
@@ -219,6 +243,24 @@ class DoRALayer(LoRALayer):
         unbiased = out if bias is None else out - self.spread(bias, self.weight.ndim)
         # As a difference, so that outputs are the base's to the bit as long as the ratio is 1.
         return out + ((self.ratio(self.weight) - 1) * unbiased).to(out.dtype)
+
+    @classmethod
+    def for_rows(cls, layers: Sequence[Any], index: Tensor) -> Callable[..., Tensor] | None:
+        """LoRA's, times each row's ratio without the bias."""
+        lora = super().for_rows(layers, index)
+        if lora is None:
+            return None
+        bias = next(layer.bias for layer in layers if layer is not None)
+        some = next(layer.lora_magnitude_vector for layer in layers if layer is not None)
+        ratios = [torch.ones_like(some) if layer is None else layer.ratio(layer.weight) for layer in layers]
+        more = torch.stack(ratios)[index] - 1  # (rows, out)
+
+        def forward(base: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+            out = lora(base, input)
+            unbiased = (out if bias is None else out - bias).view(len(index), -1, out.shape[-1])
+            return out + (more[:, None] * unbiased).view(out.shape).to(out.dtype)
+
+        return forward
 
     def ratio(self, weight: Tensor) -> Tensor:
         """``m / ‖W + s B A‖``, in the shape of m."""
@@ -357,7 +399,7 @@ def layer_for(module: nn.Module, variant: Variant = "plain") -> type[LoRALayer] 
     if variant != "plain" and hasattr(getattr(module, "weight", None), "quant_state"):
         return None  # DoRA and PiSSA compute with W itself, of which 4 bits hold a packed form
     if isinstance(module, nn.Linear):
-        return _LINEAR.get(variant)
+        return None if is_4bit(module) and variant != "plain" else _LINEAR.get(variant)  # those read its weight
     if isinstance(module, nn.Embedding):
         # One with a forward of its own (a scaled one) does more than look rows up.
         original = getattr(module, "_original", type(module))
@@ -595,7 +637,8 @@ def _biases(base: Base, targets: Sequence[str]) -> dict[Bias, list[nn.Parameter]
 
 def rank_advice(root: nn.Module, ranks: Mapping[str, int]) -> str | None:
     """What to say of ranks outside 1% to 10% of their module's smaller dimension, where there are such."""
-    sizes = {name: min(root.get_parameter(f"{name}.weight").shape[:2]) for name in ranks}
+    layers: dict[str, Any] = {name: root.get_submodule(name) for name in ranks}
+    sizes = {name: min(layer.lora_A.shape[1], layer.lora_B.shape[0]) for name, layer in layers.items()}
     unusual = [name for name, r in ranks.items() if not 0.01 <= r / sizes[name] <= 0.1]
     if not unusual:
         return None
