@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_ft.methods.full import FullFineTuning
     from lightning_ft.methods.head import HeadOnly
     from lightning_ft.methods.lora import LoRA
+    from lightning_ft.methods.prompt import PromptTuning, PTuning
     from lightning_ft.tasks.classification import Classification
     from lightning_ft.tasks.finetuner import FineTuner
 
@@ -33,6 +34,8 @@ _HOMES = {
     "HeadOnly": "lightning_ft.methods.head",
     "InjectionError": "lightning_ft.injection",
     "LoRA": "lightning_ft.methods.lora",
+    "PTuning": "lightning_ft.methods.prompt",
+    "PromptTuning": "lightning_ft.methods.prompt",
     "TextDataModule": "lightning_ft.data.module",
     "load_adapter": "lightning_ft.adapters",
     "load_from_checkpoint": "lightning_ft.adapters",
@@ -41,7 +44,7 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022 - by use
-    "LoRA", "FullFineTuning", "HeadOnly", "FineTuning",
+    "LoRA", "PromptTuning", "PTuning", "FullFineTuning", "HeadOnly", "FineTuning",
     "merge", "save_adapter", "load_adapter", "load_from_checkpoint", "InjectionError",
     "FineTuner", "Classification", "TextDataModule", "Efficiency",
 ]  # fmt: skip

@@ -31,8 +31,9 @@ from lightning_ft.injection import (
 from lightning_ft.methods.full import FullFineTuning
 from lightning_ft.methods.head import HeadOnly
 from lightning_ft.methods.lora import LoRA
+from lightning_ft.methods.prompt import PromptTuning, PTuning
 
-METHODS: tuple[type[FineTuning], ...] = (LoRA, FullFineTuning, HeadOnly)
+METHODS: tuple[type[FineTuning], ...] = (LoRA, PromptTuning, PTuning, FullFineTuning, HeadOnly)
 """Every method. Those that add parameters have a room in the file format, found by ``peft_type``."""
 
 _ROOMS: dict[str, Any] = {method.peft_type: method for method in METHODS if method.layers}
@@ -94,11 +95,15 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
     saved = [name for name in config.get("modules_to_save") or () if any(m.endswith(f".{name}") for m in modules)]
     with all_or_nothing(model):
         rooms = _rooms(config, f"'{directory}'")
+        methods = []
         for room, fields in zip(rooms, config.get("methods", [config]), strict=bool(rooms)):
-            room.from_peft(fields, _targets(room, tensors, base, directory), saved, backbone).inject(model)
+            tensors = room.read_peft(fields, tensors)
+            methods.append(room.from_peft(fields, _targets(room, tensors, base, directory), saved, backbone))
+            methods[-1].inject(model)
         if not rooms:
             freeze_base(base, "PARTIAL", match_modules(base, saved))
-        places = _places(model, base, tensors, rooms, directory)
+        # A method may come back as another: P-tuning as the prompt that it computed.
+        places = _places(model, base, tensors, [type(method) for method in methods], directory)
     with torch.no_grad():
         for file_name, place, tensor in places:
             place.copy_(tensor)
@@ -120,9 +125,10 @@ def merge(model: nn.Module) -> list[str]:
     for name, layer in layers:
         for mixin in layer._mixins:
             if mixin.acts_on != "weights":
+                what = f"the {mixin.acts_on} of '{name or type(model).__name__}'"
                 raise NotImplementedError(
-                    f"{mixin.method} can't be merged: it changes the {mixin.acts_on} of '{name}', not its weights. The"
-                    " model can be served as it is; save_adapter keeps what was trained."
+                    f"{mixin.method} can't be merged: it changes {what}, not its weights. The model can be served as it"
+                    " is; save_adapter keeps what was trained."
                 )
     folded = {name: layer.folded(cast(Any, layer).weight.detach()) for name, layer in layers}
     for name, layer in layers:
@@ -228,8 +234,9 @@ def _file_name(base: Base, key: str, inside: str) -> str:
     if not key.startswith(prefix):
         return f"{peft.OUTSIDE}{key}"
     path, _, own = key.removeprefix(prefix).rpartition(".")
-    # PEFT wraps the modules that it adapts.
-    wrapped = path and isinstance(base.root.get_submodule(path), Injected)
+    # PEFT wraps the modules that it adapts, but not those that it puts something before.
+    mixins = getattr(base.root.get_submodule(path), "_mixins", ())
+    wrapped = any(mixin.acts_on != "inputs" for mixin in mixins)
     return f"{inside}{path}{peft.OF_BASE}{own}" if wrapped else f"{inside}{key.removeprefix(prefix)}"
 
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any, ClassVar, cast
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
@@ -88,6 +88,11 @@ class FineTuning(Callback, ABC):
         Raises:
             InjectionError: if the base or the targets can't be found, or were injected with other settings.
         """
+
+    @classmethod
+    def read_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG003
+        """An adapter's tensors as the method holds them, from those that PEFT wrote with ``config``."""
+        return dict(tensors)
 
     # ------------------------------------------------------------------ Lightning's hooks
 
