@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_ft.methods.full import FullFineTuning
     from lightning_ft.methods.head import HeadOnly
     from lightning_ft.methods.lora import LoRA
+    from lightning_ft.methods.prefix import PrefixTuning
     from lightning_ft.methods.prompt import PromptTuning, PTuning
     from lightning_ft.tasks.classification import Classification
     from lightning_ft.tasks.finetuner import FineTuner
@@ -35,6 +36,7 @@ _HOMES = {
     "InjectionError": "lightning_ft.injection",
     "LoRA": "lightning_ft.methods.lora",
     "PTuning": "lightning_ft.methods.prompt",
+    "PrefixTuning": "lightning_ft.methods.prefix",
     "PromptTuning": "lightning_ft.methods.prompt",
     "TextDataModule": "lightning_ft.data.module",
     "load_adapter": "lightning_ft.adapters",
@@ -44,7 +46,7 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022 - by use
-    "LoRA", "PromptTuning", "PTuning", "FullFineTuning", "HeadOnly", "FineTuning",
+    "LoRA", "PromptTuning", "PTuning", "PrefixTuning", "FullFineTuning", "HeadOnly", "FineTuning",
     "merge", "save_adapter", "load_adapter", "load_from_checkpoint", "InjectionError",
     "FineTuner", "Classification", "TextDataModule", "Efficiency",
 ]  # fmt: skip

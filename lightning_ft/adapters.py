@@ -31,9 +31,10 @@ from lightning_ft.injection import (
 from lightning_ft.methods.full import FullFineTuning
 from lightning_ft.methods.head import HeadOnly
 from lightning_ft.methods.lora import LoRA
+from lightning_ft.methods.prefix import PrefixTuning
 from lightning_ft.methods.prompt import PromptTuning, PTuning
 
-METHODS: tuple[type[FineTuning], ...] = (LoRA, PromptTuning, PTuning, FullFineTuning, HeadOnly)
+METHODS: tuple[type[FineTuning], ...] = (LoRA, PromptTuning, PTuning, PrefixTuning, FullFineTuning, HeadOnly)
 """Every method. Those that add parameters have a room in the file format, found by ``peft_type``."""
 
 _ROOMS: dict[str, Any] = {method.peft_type: method for method in METHODS if method.layers}
@@ -59,9 +60,11 @@ def save_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
     trained = trained_state(model.state_dict(), frozen_keys(model, base))
     if not trained:
         raise InjectionError("There is nothing to save: no parameter of the model trains. Inject a method first.")
-    config = {**peft.describe_base(base.root), **_method_fields(base), "modules_to_save": _trained_whole(base)}
-    added, rooms = injected_names(model), _rooms(config)
+    fields, added = _method_fields(base), injected_names(model)
+    rooms = _rooms(fields)
     inside = rooms[0].inside if len(rooms) == 1 else peft.INSIDE
+    described = peft.describe_base(base.root, needs_task=inside != peft.INSIDE)
+    config = {**described, **fields, "modules_to_save": _trained_whole(base)}
     tensors = {_file_name(base, key, inside): value for key, value in trained.items() if key not in added}
     for room in rooms:
         for path, layer in _carrying(base, room.peft_type).items():

@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 import lightning_ft
-from lightning_ft import FullFineTuning, HeadOnly, LoRA, PromptTuning, PTuning, adapters
+from lightning_ft import FullFineTuning, HeadOnly, LoRA, PrefixTuning, PromptTuning, PTuning, adapters
 from lightning_ft.apps.paths import conf_dir
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.injection import Injected, injected_modules, injected_names
@@ -33,6 +33,7 @@ METHODS: dict[str, FineTuning] = {
     "loraplus": LoRA(r=2, loraplus_lr_ratio=16.0),
     "prompt": PromptTuning(num_virtual_tokens=4),
     "p_tuning": PTuning(num_virtual_tokens=4, encoder_hidden_size=8),
+    "prefix": PrefixTuning(num_virtual_tokens=4),
     "full": FullFineTuning(),
     "head": HeadOnly(),
 }

@@ -119,7 +119,13 @@ class FineTuning(Callback, ABC):
         """
         frozen = (module for _, module in frozen_modules(find_base(pl_module, self.backbone)))
         norms = [(module, False) for module in frozen if isinstance(module, _NormBase)]
-        self._held = [*norms, *((cast(nn.Module, layer), True) for _, layer in injected_modules(pl_module))]
+        # What acts on inputs has no dropout, and the module that it is on (a whole trunk, an attention) may have one.
+        layers = [
+            cast(nn.Module, layer)
+            for _, layer in injected_modules(pl_module)
+            if any(mixin.acts_on != "inputs" for mixin in layer._mixins)
+        ]
+        self._held = [*norms, *((layer, True) for layer in layers)]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Hold those modes, even where the module's own hooks call ``.train()``."""

@@ -110,6 +110,7 @@ def _combine(mixins: tuple[type[Injected], ...], original: Any) -> Any:
     forward: Any = FunctionType(
         outermost.__code__, outermost.__globals__, "forward", outermost.__defaults__, outermost.__closure__
     )
+    forward.__kwdefaults__ = outermost.__kwdefaults__
     forward.__signature__ = signature(original.forward)
     own = {**named, "forward": forward, "_mixins": mixins, "_original": original}
     return type(original.__name__, (*mixins, original), own)

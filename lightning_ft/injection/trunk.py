@@ -35,6 +35,18 @@ class Trunk:
         """Arguments of a call of its forward, by name."""
         return {**dict(zip(self.arguments[: len(args)], args, strict=True)), **kwargs}
 
+    def tokens(self, inputs: Mapping[str, Any]) -> Tensor:
+        """What comes in: token ids (batch, tokens), or embedded tokens (batch, tokens, width).
+
+        Raises:
+            ValueError: if it is both or neither.
+        """
+        given = [inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None]
+        if len(given) != 1:
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        tokens: Tensor = given[0]
+        return tokens
+
     def positions(self, inputs: Mapping[str, Any], tokens: int, seen: int, shift: int) -> Tensor:
         """The position ids (batch or 1, tokens) of the last ``tokens``, ``shift`` further on than they were.
 
@@ -52,7 +64,7 @@ class Trunk:
         if mask is not None and mask.ndim == 2:
             counted = mask.long().cumsum(-1)[:, -tokens:] - 1
         else:
-            counted = torch.arange(seen, seen + tokens, device=device_of(inputs))[None]
+            counted = torch.arange(seen, seen + tokens, device=self.tokens(inputs).device)[None]
         return self.first_position + shift + counted
 
     def check_length(self, tokens: int, added: int) -> None:
@@ -90,8 +102,3 @@ def find_trunk(base: Base, method: str) -> Trunk:
     return Trunk(
         names[part], names.get(decoder) if part is encoder else None, arguments, first, limit and limit - first
     )
-
-
-def device_of(inputs: Mapping[str, Any]) -> torch.device:
-    """The device of what goes into the model."""
-    return next(tensor.device for key in ("input_ids", "inputs_embeds") if (tensor := inputs.get(key)) is not None)

@@ -98,10 +98,8 @@ class SoftPrompt(Injected):
     def _put_prompt_first(self, inputs: dict[str, Any]) -> int:
         """Change what the trunk is called with, and return the number of the user's tokens in it."""
         n, trunk = self.prompt_settings.num_virtual_tokens, self.prompt_settings.trunk
-        ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
-        if (ids is None) == (embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds.")
-        embeds = self.get_input_embeddings()(ids) if embeds is None else embeds
+        given = trunk.tokens(inputs)
+        embeds = self.get_input_embeddings()(given) if inputs.pop("input_ids", None) is not None else given
         inputs["inputs_embeds"] = embeds
         batch, tokens = embeds.shape[:2]
         past, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
@@ -445,9 +443,9 @@ class PromptTuning(FineTuning):
     # ---------------------------------------------------------------------------------- in PEFT's files
 
     @staticmethod
-    def to_peft(layers: Mapping[str, Injected], base: Base) -> dict[str, Any]:
+    def to_peft(layers: Mapping[str, Injected], base: Base) -> dict[str, Any]:  # noqa: ARG004
         """The fields of PEFT's ``adapter_config.json``."""
-        return {**peft_fields(layers, base), "prompt_tuning_init": "RANDOM"}  # how it started matters no more
+        return {**peft_fields(layers), "prompt_tuning_init": "RANDOM"}  # how it started matters no more
 
     @classmethod
     def from_peft(
@@ -519,11 +517,11 @@ class PTuning(FineTuning):
     # ---------------------------------------------------------------------------------- in PEFT's files
 
     @staticmethod
-    def to_peft(layers: Mapping[str, Injected], base: Base) -> dict[str, Any]:
+    def to_peft(layers: Mapping[str, Injected], base: Base) -> dict[str, Any]:  # noqa: ARG004
         """The fields of PEFT's ``adapter_config.json``."""
         prompt = next(layer for layer in layers.values() if isinstance(layer, MLPPrompt))
         return {
-            **peft_fields(layers, base),
+            **peft_fields(layers),
             "encoder_reparameterization_type": prompt.prompt_encoder_type,
             "encoder_hidden_size": prompt.prompt_encoder_size,
         }
@@ -588,15 +586,11 @@ def inject_prompt(
     return inject_layers(base, plan, name, saved)
 
 
-def peft_fields(layers: Mapping[str, Injected], base: Base) -> dict[str, Any]:
+def peft_fields(layers: Mapping[str, Injected]) -> dict[str, Any]:
     """What PEFT's config says of every prompt."""
     prompt = next(layer for layer in layers.values() if isinstance(layer, SoftPrompt))
     config = prompt.config.get_text_config()
-    headless = getattr(base.root, "base_model", None) is base.root and prompt.prompt_settings.trunk.decoder is None
-    # Without a task PEFT would make a model that passes the prompt by.
-    task: dict[str, Any] = {"task_type": "FEATURE_EXTRACTION", "auto_mapping": None} if headless else {}
     return {
-        **task,
         "num_virtual_tokens": prompt.prompt_settings.num_virtual_tokens,
         "token_dim": prompt.soft_prompt().shape[1],
         "num_layers": config.num_hidden_layers,
