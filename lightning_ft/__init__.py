@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lightning_ft.methods.ia3 import IA3
     from lightning_ft.methods.layernorm import LayerNormTuning
     from lightning_ft.methods.lora import LoRA
+    from lightning_ft.methods.prefix import PrefixTuning
+    from lightning_ft.methods.prompt import PromptTuning, PTuning
     from lightning_ft.tasks.classification import Classification
     from lightning_ft.tasks.finetuner import FineTuner
 
@@ -43,6 +45,9 @@ _HOMES = {
     "InjectionError": "lightning_ft.injection",
     "LayerNormTuning": "lightning_ft.methods.layernorm",
     "LoRA": "lightning_ft.methods.lora",
+    "PTuning": "lightning_ft.methods.prompt",
+    "PrefixTuning": "lightning_ft.methods.prefix",
+    "PromptTuning": "lightning_ft.methods.prompt",
     "TextDataModule": "lightning_ft.data.module",
     "TopLayers": "lightning_ft.methods.freezing",
     "load_adapter": "lightning_ft.adapters",
@@ -53,8 +58,8 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022 - by use
-    "LoRA", "IA3", "BitFit", "LayerNormTuning", "TopLayers", "GradualUnfreezing", "FullFineTuning", "HeadOnly",
-    "FineTuning",
+    "LoRA", "IA3", "PromptTuning", "PTuning", "PrefixTuning", "BitFit", "LayerNormTuning",
+    "TopLayers", "GradualUnfreezing", "FullFineTuning", "HeadOnly", "FineTuning",
     "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "InjectionError",
     "FineTuner", "Classification", "TextDataModule", "Efficiency",
 ]  # fmt: skip

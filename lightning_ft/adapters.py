@@ -42,10 +42,13 @@ from lightning_ft.methods.head import HeadOnly
 from lightning_ft.methods.ia3 import IA3
 from lightning_ft.methods.layernorm import LayerNormTuning
 from lightning_ft.methods.lora import LoRA
+from lightning_ft.methods.prefix import PrefixTuning
+from lightning_ft.methods.prompt import PromptTuning, PTuning
 from lightning_ft.quantization import dense_weight, repacked, set_weight
 
 METHODS: tuple[type[FineTuning], ...] = (
-    LoRA, IA3, BitFit, LayerNormTuning, TopLayers, GradualUnfreezing, FullFineTuning, HeadOnly,
+    LoRA, IA3, PromptTuning, PTuning, PrefixTuning, BitFit, LayerNormTuning, TopLayers, GradualUnfreezing,
+    FullFineTuning, HeadOnly,
 )  # fmt: skip
 """Every method. Those that add parameters have a room in the file format, found by ``peft_type``."""
 
@@ -77,9 +80,11 @@ def save_adapter(
     trained = trained_state(model.state_dict(), frozen_keys(model, base) | _keys_of_others(model, base))
     if not trained:
         raise InjectionError("There is nothing to save: no parameter of the model trains. Inject a method first.")
-    config = {**peft.describe_base(base.root), **_method_fields(base), "modules_to_save": _trained_whole(base)}
-    added, rooms = injected_names(model), _rooms(config)
+    fields, added = _method_fields(base), injected_names(model)
+    rooms = _rooms(fields)
     inside = rooms[0].inside if len(rooms) == 1 else peft.INSIDE
+    described = peft.describe_base(base.root, needs_task=inside != peft.INSIDE)
+    config = {**described, **fields, "modules_to_save": _trained_whole(base)}
     tensors = {_file_name(base, key, inside): value for key, value in trained.items() if key not in added}
     for room in rooms:
         for path, layer in _carrying(base, room.peft_type).items():
@@ -126,12 +131,16 @@ def make_room(model: nn.Module, directory: str | Path, backbone: str | None = No
     saved = [name for name in config.get("modules_to_save") or () if any(m.endswith(f".{name}") for m in modules)]
     with all_or_nothing(model):
         rooms = _rooms(config, f"'{directory}'")
+        methods = []
         for room, fields in zip(rooms, config.get("methods", [config]), strict=bool(rooms)):
-            room.from_peft(fields, _targets(room, tensors, base, directory), saved, backbone).inject(model)
+            tensors = room.read_peft(fields, tensors)
+            methods.append(room.from_peft(fields, _targets(room, tensors, base, directory), saved, backbone))
+            methods[-1].inject(model)
         if not rooms:
             held = [name for name, _ in base.named_parameters() if f"{peft.INSIDE}{name}" in tensors]
             freeze_base(base, "PARTIAL", parameters=held)
-        places = _places(model, base, tensors, rooms, directory)
+        # A method may come back as another: P-tuning as the prompt that it computed.
+        places = _places(model, base, tensors, [type(method) for method in methods], directory)
     _warn_of_new_heads(base, {id(place) for _, place, _ in places}, directory)
     return places
 
@@ -159,9 +168,10 @@ def merge(model: nn.Module, *, reversible: bool = False, dequantize: bool = Fals
     for name, layer in layers:
         for mixin in layer._mixins:
             if mixin.acts_on != "weights":
+                what = f"the {mixin.acts_on} of '{name or type(model).__name__}'"
                 raise NotImplementedError(
-                    f"{mixin.method} can't be merged: it changes the {mixin.acts_on} of '{name}', not its weights. The"
-                    " model can be served as it is; save_adapter keeps what was trained."
+                    f"{mixin.method} can't be merged: it changes {what}, not its weights. The model can be served as it"
+                    " is; save_adapter keeps what was trained."
                 )
     folded: dict[str, dict[str, Tensor]] = {}
     rounding: list[tuple[float, float]] = []
@@ -316,8 +326,9 @@ def _file_name(base: Base, key: str, inside: str) -> str:
     if not key.startswith(prefix):
         return f"{peft.OUTSIDE}{key}"
     path, _, own = key.removeprefix(prefix).rpartition(".")
-    # PEFT wraps the modules that it adapts.
-    wrapped = path and isinstance(base.root.get_submodule(path), Injected)
+    # PEFT wraps the modules that it adapts, but not those that it puts something before.
+    mixins = getattr(base.root.get_submodule(path), "_mixins", ())
+    wrapped = any(mixin.acts_on != "inputs" for mixin in mixins)
     return f"{inside}{path}{peft.OF_BASE}{own}" if wrapped else f"{inside}{key.removeprefix(prefix)}"
 
 

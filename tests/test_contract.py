@@ -27,6 +27,9 @@ from lightning_ft import (
     HeadOnly,
     LayerNormTuning,
     LoRA,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
     TopLayers,
     adapters,
 )
@@ -46,6 +49,9 @@ METHODS: dict[str, FineTuning] = {
     "layernorm": LayerNormTuning(),
     "top_layers": TopLayers(k=1),
     "gradual_unfreezing": GradualUnfreezing(),
+    "prompt": PromptTuning(num_virtual_tokens=4),
+    "p_tuning": PTuning(num_virtual_tokens=4, encoder_hidden_size=8),
+    "prefix": PrefixTuning(num_virtual_tokens=4),
     "full": FullFineTuning(),
     "head": HeadOnly(),
 }
@@ -249,21 +255,23 @@ def test_what_is_injected_stays_fp32_under_every_precision(name: str, precision:
 
 def test_methods_that_share_a_module_share_no_names() -> None:
     """Their layers are mixed into one class: what one calls its own, another mustn't have too."""
+    declared = {*dir(Injected), *Injected.__annotations__, "forward"}
     own: dict[str, dict[str, str]] = {}
     for method in METHODS.values():
         for layer in method.layers:
-            names = {name for kind in layer.__mro__ for name in vars(kind)} - set(dir(Injected)) - {"forward"}
+            names = {name for kind in layer.__mro__ for name in vars(kind)} - declared
             own.setdefault(layer.acts_on, {}).update(dict.fromkeys(names, layer.__name__))
     for one, other in itertools.combinations(own.values(), 2):
         assert not {name: (one[name], other[name]) for name in set(one) & set(other) if not name.startswith("__")}
 
 
 @each_method
-def test_isinstance_and_weights_are_as_they_were(name: str) -> None:
+def test_classes_weights_and_signatures_are_as_they_were(name: str) -> None:
     original, module = make(BertInInit), make(BertInInit)
     method(name).inject(module)
     for (path, ours), (_, theirs) in zip(module.named_modules(), original.named_modules(), strict=True):
         assert isinstance(ours, type(theirs)), path
+        assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
         assert getattr(ours, "weight", None) is None or torch.equal(ours.weight, theirs.weight)  # type: ignore[arg-type]
 
 

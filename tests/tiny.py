@@ -13,11 +13,17 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
+    RobertaConfig,
+    RobertaModel,
     T5Config,
+    T5EncoderModel,
     T5ForConditionalGeneration,
 )
 
@@ -37,9 +43,19 @@ def bert_classifier(**more: Any) -> BertForSequenceClassification:
     return seeded(BertForSequenceClassification, small(BertConfig, **{**BERT, **more}))
 
 
-def distilbert_classifier() -> DistilBertForSequenceClassification:
+def distilbert_classifier(**more: Any) -> DistilBertForSequenceClassification:
     sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 16}
-    return seeded(DistilBertForSequenceClassification, small(DistilBertConfig, **sizes))
+    return seeded(DistilBertForSequenceClassification, small(DistilBertConfig, **{**sizes, **more}))
+
+
+def roberta(**more: Any) -> RobertaModel:
+    """Its position ids begin behind the padding id, 0 here."""
+    return seeded(RobertaModel, small(RobertaConfig, **{**BERT, **more}))
+
+
+def electra(**more: Any) -> ElectraModel:
+    """Its embeddings are narrower than its layers."""
+    return seeded(ElectraModel, small(ElectraConfig, **{**BERT, "embedding_size": 8, **more}))
 
 
 def gpt2(**more: Any) -> GPT2LMHeadModel:
@@ -47,14 +63,28 @@ def gpt2(**more: Any) -> GPT2LMHeadModel:
     return seeded(GPT2LMHeadModel, small(GPT2Config, **{**sizes, **more}))
 
 
-def llama() -> LlamaModel:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return seeded(LlamaModel, small(LlamaConfig, **sizes))
+LLAMA = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def llama(**more: Any) -> LlamaModel:
+    return seeded(LlamaModel, small(LlamaConfig, **{**LLAMA, **more}))
+
+
+def llama_lm(**more: Any) -> LlamaForCausalLM:
+    """With grouped-query attention: two heads share their keys and values."""
+    grouped = {"num_key_value_heads": 1, "max_position_embeddings": 32, "eos_token_id": None}
+    return seeded(LlamaForCausalLM, small(LlamaConfig, **{**LLAMA, **grouped, **more}))
+
+
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
 
 
 def t5(**more: Any) -> T5ForConditionalGeneration:
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
-    return seeded(T5ForConditionalGeneration, small(T5Config, **{**sizes, **more}))
+    return seeded(T5ForConditionalGeneration, small(T5Config, **{**T5, **more}))
+
+
+def t5_encoder(**more: Any) -> T5EncoderModel:
+    return seeded(T5EncoderModel, small(T5Config, **{**T5, **more}))
 
 
 def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any, ClassVar, cast
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
@@ -102,6 +102,11 @@ class FineTuning(Callback, ABC):
         """One line on what :meth:`inject` did to ``model``; ``names`` is what it returned."""
         return describe(model, names)
 
+    @classmethod
+    def read_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG003
+        """An adapter's tensors as the method holds them, from those that PEFT wrote with ``config``."""
+        return dict(tensors)
+
     # ------------------------------------------------------------------ Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -132,7 +137,13 @@ class FineTuning(Callback, ABC):
         self._restore_modes()
         frozen = (module for _, module in frozen_modules(find_base(pl_module, self.backbone)))
         norms = [(module, False) for module in frozen if isinstance(module, _NormBase)]
-        self._held = [*norms, *((cast(nn.Module, layer), True) for _, layer in injected_modules(pl_module))]
+        # What acts on inputs has no dropout, and the module that it is on (a whole trunk, an attention) may have one.
+        layers = [
+            cast(nn.Module, layer)
+            for _, layer in injected_modules(pl_module)
+            if any(mixin.acts_on != "inputs" for mixin in layer._mixins)
+        ]
+        self._held = [*norms, *((layer, True) for layer in layers)]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Hold those modes, even where the module's own hooks call ``.train()``."""

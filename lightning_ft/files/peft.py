@@ -43,10 +43,16 @@ _TASK_TYPES = {
 }
 
 
-def describe_base(root: nn.Module) -> dict[str, Any]:
-    """The fields of ``adapter_config.json`` that say which model and task an adapter is for."""
+def describe_base(root: nn.Module, needs_task: bool = False) -> dict[str, Any]:
+    """The fields of ``adapter_config.json`` that say which model and task an adapter is for.
+
+    Args:
+        root: the Hugging Face model.
+        needs_task: whether PEFT would pass the adapter by, were there no task.
+    """
     name = type(root).__name__
-    task = next((task for ending, task in _TASK_TYPES.items() if name.endswith(ending)), None)
+    other = "FEATURE_EXTRACTION" if needs_task else None
+    task = next((task for ending, task in _TASK_TYPES.items() if name.endswith(ending)), other)
     mapping = None if task else {"base_model_class": name, "parent_library": type(root).__module__}
     return {
         "base_model_name_or_path": getattr(getattr(root, "config", None), "name_or_path", None) or None,

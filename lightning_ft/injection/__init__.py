@@ -32,18 +32,21 @@ from lightning_ft.injection.targets import (
     match_names,
     resolve_targets,
 )
+from lightning_ft.injection.trunk import Trunk, find_trunk
 
 __all__ = [
     "Base",
     "Injected",
     "InjectionError",
     "Layer",
+    "Trunk",
     "all_or_nothing",
     "attach",
     "bring_back",
     "detach",
     "exactly",
     "find_base",
+    "find_trunk",
     "forget",
     "freeze_all_but",
     "freeze_base",

@@ -14,6 +14,8 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
+from types import FunctionType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -113,12 +115,20 @@ class Injected:
 def _combine(mixins: tuple[type[Injected], ...], original: Any) -> Any:
     """The class of an ``original`` that carries ``mixins``; the first one's forward is the outermost.
 
-    It has the original's name: transformers keeps what it knows of a model under that.
+    It has the original's name, under which transformers keeps what it knows of a model, and forward's signature, by
+    which callers choose what to pass.
     """
     if not mixins:
         return original
     named = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return type(original.__name__, (*mixins, original), {**named, "_mixins": mixins, "_original": original})
+    outermost: Any = mixins[0].forward  # type: ignore[attr-defined]
+    forward: Any = FunctionType(
+        outermost.__code__, outermost.__globals__, "forward", outermost.__defaults__, outermost.__closure__
+    )
+    forward.__kwdefaults__ = outermost.__kwdefaults__
+    forward.__signature__ = signature(original.forward)
+    own = {**named, "forward": forward, "_mixins": mixins, "_original": original}
+    return type(original.__name__, (*mixins, original), own)
 
 
 def _new(mixins: tuple[type[Injected], ...], original: Any) -> Any:
@@ -468,7 +478,8 @@ def refuse_injected(base: Base, method: str) -> None:
     carried = sorted({mixin.method for _, layer in injected_modules(base.root) for mixin in layer._mixins})
     if carried:
         raise InjectionError(
-            f"The model carries {', '.join(carried)}, which {method} would go on training. Merge it first."
+            f"The model carries {', '.join(carried)}, which {method} would go on training. Merge it first,"
+            " or take a model without."
         )
 
 

@@ -79,7 +79,7 @@ def find_base(model: nn.Module, backbone: str | None = None) -> Base:
             )
         return _base_at(model, path)
 
-    pretrained = list(_outermost(model, _is_pretrained_model))
+    pretrained = list(_outermost(model, is_pretrained_model))
     if len(pretrained) == 1:
         return _base_at(model, pretrained[0][0])
 
@@ -335,7 +335,8 @@ def _outermost(
         yield from _outermost(child, accept, f"{name}.{child_name}".strip("."))
 
 
-def _is_pretrained_model(module: nn.Module) -> bool:
+def is_pretrained_model(module: nn.Module) -> bool:
+    """Whether it is Hugging Face's ``PreTrainedModel``."""
     # By name, so that torch alone is imported: whoever holds such a model has imported transformers.
     return any(
         c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__
@@ -343,7 +344,7 @@ def _is_pretrained_model(module: nn.Module) -> bool:
 
 
 def _output_embeddings(root: nn.Module) -> nn.Module | None:
-    return root.get_output_embeddings() if _is_pretrained_model(root) else None  # type: ignore[operator]
+    return root.get_output_embeddings() if is_pretrained_model(root) else None  # type: ignore[operator]
 
 
 def _base_at(model: nn.Module, name: str) -> Base:
@@ -352,7 +353,7 @@ def _base_at(model: nn.Module, name: str) -> Base:
     if name and not any(True for _ in root.children()):  # a single layer: named from the module that holds it
         outer, _, own = name.rpartition(".")
         return Base(model.get_submodule(outer), outer, (own,))
-    heads = _new_heads(root) if _is_pretrained_model(root) else set()
+    heads = _new_heads(root) if is_pretrained_model(root) else set()
     if not heads:
         return Base(root, name, ("",))
     return Base(root, name, tuple(child for child, _ in root.named_children() if child not in heads))
