@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.finetuning import FineTuning
     from lightning_ft.data.module import TextDataModule
     from lightning_ft.injection import InjectionError
+    from lightning_ft.methods.adalora import AdaLoRA
     from lightning_ft.methods.bitfit import BitFit
     from lightning_ft.methods.freezing import GradualUnfreezing, TopLayers
     from lightning_ft.methods.full import FullFineTuning
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lightning_ft.tasks.finetuner import FineTuner
 
 _HOMES = {
+    "AdaLoRA": "lightning_ft.methods.adalora",
     "AdapterBank": "lightning_ft.bank",
     "BitFit": "lightning_ft.methods.bitfit",
     "Classification": "lightning_ft.tasks.classification",
@@ -58,7 +60,7 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022 - by use
-    "LoRA", "IA3", "PromptTuning", "PTuning", "PrefixTuning", "BitFit", "LayerNormTuning",
+    "LoRA", "AdaLoRA", "IA3", "PromptTuning", "PTuning", "PrefixTuning", "BitFit", "LayerNormTuning",
     "TopLayers", "GradualUnfreezing", "FullFineTuning", "HeadOnly", "FineTuning",
     "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "InjectionError",
     "FineTuner", "Classification", "TextDataModule", "Efficiency",

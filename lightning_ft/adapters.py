@@ -35,6 +35,7 @@ from lightning_ft.injection import (
     remembering,
     thaw,
 )
+from lightning_ft.methods.adalora import AdaLoRA
 from lightning_ft.methods.bitfit import BitFit
 from lightning_ft.methods.freezing import GradualUnfreezing, TopLayers
 from lightning_ft.methods.full import FullFineTuning
@@ -47,7 +48,7 @@ from lightning_ft.methods.prompt import PromptTuning, PTuning
 from lightning_ft.quantization import dense_weight, repacked, set_weight
 
 METHODS: tuple[type[FineTuning], ...] = (
-    LoRA, IA3, PromptTuning, PTuning, PrefixTuning, BitFit, LayerNormTuning, TopLayers, GradualUnfreezing,
+    LoRA, AdaLoRA, IA3, PromptTuning, PTuning, PrefixTuning, BitFit, LayerNormTuning, TopLayers, GradualUnfreezing,
     FullFineTuning, HeadOnly,
 )  # fmt: skip
 """Every method. Those that add parameters have a room in the file format, found by ``peft_type``."""

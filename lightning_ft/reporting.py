@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,50 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def heat_map(values: Mapping[str, int], top: int, label: str) -> Figure:
+    """A picture of one number a module: a column for each layer of the model, a row for each kind of module in it.
+
+    Args:
+        values: the numbers, by the modules' paths.
+        top: the number that has the darkest shade; 0 has the lightest.
+        label: what the numbers are.
+    """
+    from matplotlib.figure import Figure
+
+    places = {path: _place(path) for path in values}
+    several = len({before for before, _, _ in places.values()}) > 1  # an encoder's layers and a decoder's
+    named = {
+        path: (layer, f"{before} {kind}".strip() if several or not kind else kind)
+        for path, (before, layer, kind) in places.items()
+    }
+    cells = {named[path]: value for path, value in values.items()}
+    layers = sorted({layer for layer, _ in cells})
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    grid = [[cells.get((layer, kind), float("nan")) for layer in layers] for kind in kinds]
+    room = 0.085 * max(map(len, kinds))  # inches that the names take
+    figure = Figure(figsize=(max(4.0, room + 1.6 + 0.45 * len(layers)), 1.3 + 0.42 * len(kinds)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    axes.set_xticks(range(len(layers)), ["" if layer < 0 else str(layer) for layer in layers])
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set(xlabel="layer")
+    for row, kind in enumerate(kinds):
+        for column, layer in enumerate(layers):
+            if (value := cells.get((layer, kind))) is not None:
+                color = "white" if value > 0.6 * top else "black"
+                axes.text(column, row, str(value), ha="center", va="center", color=color)
+    figure.colorbar(image, ax=axes, label=label)
+    return figure
+
+
+def _place(path: str) -> tuple[str, int, str]:
+    """``encoder.layer.0.attention.query`` is ``encoder.layer``, 0, ``attention.query``; -1 where there's no number."""
+    parts = path.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    layer = int(parts[number]) if number < len(parts) else -1
+    return ".".join(parts[:number]), layer, ".".join(parts[number + 1 :])
 
 
 @rank_zero_only

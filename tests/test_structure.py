@@ -24,7 +24,7 @@ ROOMS: dict[str, set[str] | None] = {
     "quantization": {"injection"},
     "files": {"injection"},
     "callbacks": {"injection", "files", "quantization", "reporting"},
-    "methods": {"injection", "ops", "callbacks.finetuning"},
+    "methods": {"injection", "ops", "callbacks.finetuning", "reporting"},
     "tasks": {"ops", "reporting", "optim"},
     "optim": {"injection", "ops", "reporting", "tasks.pretrained"},
     "data": {"ops", "reporting", "optim", "tasks.pretrained"},
