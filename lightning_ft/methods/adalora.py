@@ -505,8 +505,8 @@ class AdaLoRA(FineTuning):
         ranks = [len(layer.lora_E) for layer in self._layers.values()]
         if not any(ranks):
             raise InjectionError(
-                "AdaLoRA: the adapter in the model has rank 0 everywhere, so that there's nothing to train: it was saved"
-                " before any training. Merge it, which changes nothing, and start anew."
+                "AdaLoRA: the adapter in the model has rank 0 everywhere, as one saved untrained: nothing of it can"
+                " train. Merge it, which changes nothing, and start anew."
             )
         if any(r < layer.adalora.init_r for r, layer in zip(ranks, self._layers.values(), strict=True)):
             self._allocator = None
@@ -628,7 +628,7 @@ class AdaLoRA(FineTuning):
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Without a closure and without Lightning's hooks: by self.optimizers(use_pl_optimizer=False).
-        if not self._penalised and not args and not kwargs.get("closure"):
+        if not self._penalised and not args[1:] and not kwargs.get("closure"):
             self._penalise(optimizer, 1.0)
 
     @torch.no_grad()

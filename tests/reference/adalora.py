@@ -17,7 +17,7 @@ def adapted_linear(
 
 
 def r_of(ps: Sequence[Tensor], qs: Sequence[Tensor]) -> Tensor:
-    """Equation 4, R(P, Q), for all modules, with PEFT's changes: the mean over P's and Q's, and norms without square."""
+    """Equation 4, R(P, Q), as PEFT changes it: the mean over all P and Q, of norms without square."""
     norms = [torch.norm(p.T @ p - torch.eye(p.shape[1], dtype=p.dtype)) for p in ps]
     norms += [torch.norm(q @ q.T - torch.eye(q.shape[0], dtype=q.dtype)) for q in qs]
     return sum(norms) / len(norms)
