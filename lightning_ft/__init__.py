@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.finetuning import FineTuning
     from lightning_ft.data.module import TextDataModule
     from lightning_ft.injection import InjectionError
+    from lightning_ft.methods.adapter import Adapter, drop_adapters
     from lightning_ft.methods.bitfit import BitFit
     from lightning_ft.methods.freezing import GradualUnfreezing, TopLayers
     from lightning_ft.methods.full import FullFineTuning
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_ft.tasks.finetuner import FineTuner
 
 _HOMES = {
+    "Adapter": "lightning_ft.methods.adapter",
     "AdapterBank": "lightning_ft.bank",
     "BitFit": "lightning_ft.methods.bitfit",
     "Classification": "lightning_ft.tasks.classification",
@@ -45,6 +47,7 @@ _HOMES = {
     "LoRA": "lightning_ft.methods.lora",
     "TextDataModule": "lightning_ft.data.module",
     "TopLayers": "lightning_ft.methods.freezing",
+    "drop_adapters": "lightning_ft.methods.adapter",
     "load_adapter": "lightning_ft.adapters",
     "load_from_checkpoint": "lightning_ft.adapters",
     "merge": "lightning_ft.adapters",
@@ -53,9 +56,10 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022 - by use
-    "LoRA", "IA3", "BitFit", "LayerNormTuning", "TopLayers", "GradualUnfreezing", "FullFineTuning", "HeadOnly",
-    "FineTuning",
-    "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "InjectionError",
+    "LoRA", "Adapter", "IA3", "BitFit", "LayerNormTuning", "TopLayers", "GradualUnfreezing", "FullFineTuning",
+    "HeadOnly", "FineTuning",
+    "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "drop_adapters",
+    "InjectionError",
     "FineTuner", "Classification", "TextDataModule", "Efficiency",
 ]  # fmt: skip
 

@@ -35,6 +35,7 @@ from lightning_ft.injection import (
     remembering,
     thaw,
 )
+from lightning_ft.methods.adapter import Adapter
 from lightning_ft.methods.bitfit import BitFit
 from lightning_ft.methods.freezing import GradualUnfreezing, TopLayers
 from lightning_ft.methods.full import FullFineTuning
@@ -45,7 +46,7 @@ from lightning_ft.methods.lora import LoRA
 from lightning_ft.quantization import dense_weight, repacked, set_weight
 
 METHODS: tuple[type[FineTuning], ...] = (
-    LoRA, IA3, BitFit, LayerNormTuning, TopLayers, GradualUnfreezing, FullFineTuning, HeadOnly,
+    LoRA, Adapter, IA3, BitFit, LayerNormTuning, TopLayers, GradualUnfreezing, FullFineTuning, HeadOnly,
 )  # fmt: skip
 """Every method. Those that add parameters have a room in the file format, found by ``peft_type``."""
 

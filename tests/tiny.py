@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -35,6 +37,10 @@ def bert(**more: Any) -> BertModel:
 
 def bert_classifier(**more: Any) -> BertForSequenceClassification:
     return seeded(BertForSequenceClassification, small(BertConfig, **{**BERT, **more}))
+
+
+def roberta_classifier() -> RobertaForSequenceClassification:
+    return seeded(RobertaForSequenceClassification, small(RobertaConfig, **BERT))
 
 
 def distilbert_classifier() -> DistilBertForSequenceClassification:
