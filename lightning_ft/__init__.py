@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_ft.data.module import TextDataModule
     from lightning_ft.injection import InjectionError
     from lightning_ft.methods.adalora import AdaLoRA
+    from lightning_ft.methods.adapter import Adapter, drop_adapters
     from lightning_ft.methods.bitfit import BitFit
     from lightning_ft.methods.freezing import GradualUnfreezing, TopLayers
     from lightning_ft.methods.full import FullFineTuning
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdaLoRA": "lightning_ft.methods.adalora",
+    "Adapter": "lightning_ft.methods.adapter",
     "AdapterBank": "lightning_ft.bank",
     "BitFit": "lightning_ft.methods.bitfit",
     "Classification": "lightning_ft.tasks.classification",
@@ -52,6 +54,7 @@ _HOMES = {
     "PromptTuning": "lightning_ft.methods.prompt",
     "TextDataModule": "lightning_ft.data.module",
     "TopLayers": "lightning_ft.methods.freezing",
+    "drop_adapters": "lightning_ft.methods.adapter",
     "load_adapter": "lightning_ft.adapters",
     "load_from_checkpoint": "lightning_ft.adapters",
     "merge": "lightning_ft.adapters",
@@ -60,9 +63,10 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022 - by use
-    "LoRA", "AdaLoRA", "IA3", "PromptTuning", "PTuning", "PrefixTuning", "BitFit", "LayerNormTuning",
+    "LoRA", "AdaLoRA", "Adapter", "IA3", "PromptTuning", "PTuning", "PrefixTuning", "BitFit", "LayerNormTuning",
     "TopLayers", "GradualUnfreezing", "FullFineTuning", "HeadOnly", "FineTuning",
-    "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "InjectionError",
+    "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "drop_adapters",
+    "InjectionError",
     "FineTuner", "Classification", "TextDataModule", "Efficiency",
 ]  # fmt: skip
 

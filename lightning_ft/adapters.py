@@ -36,6 +36,7 @@ from lightning_ft.injection import (
     thaw,
 )
 from lightning_ft.methods.adalora import AdaLoRA
+from lightning_ft.methods.adapter import Adapter
 from lightning_ft.methods.bitfit import BitFit
 from lightning_ft.methods.freezing import GradualUnfreezing, TopLayers
 from lightning_ft.methods.full import FullFineTuning
@@ -48,8 +49,8 @@ from lightning_ft.methods.prompt import PromptTuning, PTuning
 from lightning_ft.quantization import dense_weight, repacked, set_weight
 
 METHODS: tuple[type[FineTuning], ...] = (
-    LoRA, AdaLoRA, IA3, PromptTuning, PTuning, PrefixTuning, BitFit, LayerNormTuning, TopLayers, GradualUnfreezing,
-    FullFineTuning, HeadOnly,
+    LoRA, AdaLoRA, Adapter, IA3, PromptTuning, PTuning, PrefixTuning, BitFit, LayerNormTuning, TopLayers,
+    GradualUnfreezing, FullFineTuning, HeadOnly,
 )  # fmt: skip
 """Every method. Those that add parameters have a room in the file format, found by ``peft_type``."""
 

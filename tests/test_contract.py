@@ -23,6 +23,7 @@ import lightning_ft
 from lightning_ft import (
     IA3,
     AdaLoRA,
+    Adapter,
     BitFit,
     FullFineTuning,
     GradualUnfreezing,
@@ -47,6 +48,9 @@ METHODS: dict[str, FineTuning] = {
     "olora": LoRA(r=2, init_lora_weights="olora", use_rslora=True),
     "loraplus": LoRA(r=2, loraplus_lr_ratio=16.0),
     "adalora": AdaLoRA(init_r=4, target_r=2, target_modules="all-linear"),
+    "adapter": Adapter(bottleneck=3),
+    "houlsby": Adapter("houlsby", non_linearity="gelu"),
+    "parallel_adapter": Adapter("parallel"),
     "ia3": IA3(),
     "bitfit": BitFit(),
     "layernorm": LayerNormTuning(),
@@ -259,13 +263,16 @@ def test_what_is_injected_stays_fp32_under_every_precision(name: str, precision:
     assert module.outputs(module.example()).isfinite().all()
 
 
+COMMON = {*dir(Injected), *inspect.get_annotations(Injected), "forward"}
+"""What every layer has, and surgery reads from the layer that it is about."""
+
+
 def test_methods_that_share_a_module_share_no_names() -> None:
     """Their layers are mixed into one class: what one calls its own, another mustn't have too."""
-    declared = {*dir(Injected), *Injected.__annotations__, "forward"}
     own: dict[str, dict[str, str]] = {}
     for method in METHODS.values():
         for layer in method.layers:
-            names = {name for kind in layer.__mro__ for name in vars(kind)} - declared
+            names = {name for kind in layer.__mro__ for name in vars(kind)} - COMMON
             own.setdefault(layer.acts_on, {}).update(dict.fromkeys(names, layer.__name__))
     for one, other in itertools.combinations(own.values(), 2):
         assert not {name: (one[name], other[name]) for name in set(one) & set(other) if not name.startswith("__")}

@@ -21,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
     LlamaModel,
     RobertaConfig,
+    RobertaForSequenceClassification,
     RobertaModel,
     T5Config,
     T5EncoderModel,
@@ -41,6 +42,10 @@ def bert(**more: Any) -> BertModel:
 
 def bert_classifier(**more: Any) -> BertForSequenceClassification:
     return seeded(BertForSequenceClassification, small(BertConfig, **{**BERT, **more}))
+
+
+def roberta_classifier() -> RobertaForSequenceClassification:
+    return seeded(RobertaForSequenceClassification, small(RobertaConfig, **BERT))
 
 
 def distilbert_classifier(**more: Any) -> DistilBertForSequenceClassification:

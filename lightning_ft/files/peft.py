@@ -4,10 +4,12 @@ Keys of tensors are relative to the inner Hugging Face model, behind ``base_mode
 module trains outside that model (a head of the user's own) stands behind ``lightning_module.``, which stock
 PEFT passes by.
 
-Two ``peft_type`` are our own, and stock PEFT can't load them. ``PARTIAL`` holds parameters of the model itself under
+Three ``peft_type`` are our own, and stock PEFT can't load them. ``PARTIAL`` holds parameters of the model itself under
 their own names, for methods that add none (head only, BitFit, full fine-tuning). ``COMBINED`` holds what several
 methods added; ``methods`` in its config has the fields of each. One method that adds something beside others that add
-nothing (LoRA and BitFit) is saved as itself, with the parameters that the others trained.
+nothing (LoRA and BitFit) is saved as itself, with the parameters that the others trained. ``BOTTLENECK`` holds
+adapters: for each adapted module ``adapter_down.weight`` (k, in), ``adapter_down.bias`` (k), ``adapter_up.weight``
+(out, k) and ``adapter_up.bias`` (out); :mod:`lightning_ft.methods.adapter` tells its config.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "REA
 INSIDE, OUTSIDE = "base_model.model.", "lightning_module."
 OF_BASE = ".base_layer."  # in names of base weights, of which PEFT adds a copy if an embedding is a target
 
-OWN_TYPES = frozenset({"PARTIAL", "COMBINED"})
+OWN_TYPES = frozenset({"PARTIAL", "COMBINED", "BOTTLENECK"})
 """The values of ``peft_type`` that stock PEFT doesn't know."""
 
 _OF_WRAPPERS = (".modules_to_save.", ".original_module.")
