@@ -24,8 +24,10 @@ def register_resolvers() -> None:
 
 
 def datamodule(config: DictConfig) -> TextDataModule:
-    """The data."""
-    return instantiate(config.data, _convert_="all")
+    """The data, its texts cut so that what the method puts before them has room."""
+    data: TextDataModule = instantiate(config.data, _convert_="all")
+    data.reserved = method(config).num_virtual_tokens
+    return data
 
 
 def method(config: DictConfig) -> FineTuning:

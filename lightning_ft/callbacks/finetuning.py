@@ -78,6 +78,9 @@ class FineTuning(Callback, ABC):
     inside: ClassVar[str] = INSIDE
     """What stands before the names of the Hugging Face model's own tensors in the method's files."""
 
+    num_virtual_tokens: int = 0
+    """How many of the model's positions it takes for itself."""
+
     decides_alone: ClassVar[bool] = False
     """Whether it says of every parameter of the base if it trains, so that no second method can."""
 

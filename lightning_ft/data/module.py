@@ -40,6 +40,9 @@ class TextDataModule(L.LightningDataModule):
         num_workers: processes that make batches; 0 is best for texts, which are tokenised beforehand.
         encoding: of CSV, TSV and JSONL files.
 
+    Attributes:
+        reserved: positions to leave free where ``max_length`` isn't given, for the virtual tokens of a soft prompt.
+
     Raises:
         DataError: in ``setup``, naming the file, the row or the column, and the cure.
     """
@@ -62,6 +65,7 @@ class TextDataModule(L.LightningDataModule):
         self.path, self.text, self.label, self.encoding = path, text, label, encoding
         self.validation, self.test, self.seed = validation, test, seed
         self.max_length, self.batch_size, self.num_workers = max_length, batch_size, num_workers
+        self.reserved = 0
         self._tokenizer_name = tokenizer
         self._splits: dict[str, Dataset] = {}
         self._labels: list[str] = []
@@ -77,7 +81,7 @@ class TextDataModule(L.LightningDataModule):
     @property
     def token_limit(self) -> int:
         """How many tokens of a text are read."""
-        return self.max_length or min(self.tokenizer.model_max_length, 512)
+        return self.max_length or min(self.tokenizer.model_max_length, 512) - self.reserved
 
     @property
     def labels(self) -> list[str]:
