@@ -312,7 +312,7 @@ def from_vocabulary(embedding: nn.Module, n: int) -> Tensor:
 def random_rows(embedding: nn.Module, n: int) -> Tensor:
     """Normally distributed, as wide as the vocabulary's: (n, width)."""
     rows = from_vocabulary(embedding, 1000)
-    return rows.mean() + rows.std() * torch.randn(n, rows.shape[1])
+    return torch.normal(rows.mean().item(), rows.std().item(), (n, rows.shape[1]))
 
 
 def from_text(embedding: nn.Module, n: int, tokenizer: Any, text: str) -> Tensor:
@@ -391,7 +391,7 @@ class PromptTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    default_lr: ClassVar[float] = 1e-1
+    default_lr: ClassVar[float] = 3e-2
     layers: ClassVar[tuple[type[Injected], ...]] = (PromptLayer, PromptAttention)
     inside: ClassVar[str] = "base_model."
 
@@ -482,7 +482,7 @@ class PTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "P_TUNING"
-    default_lr: ClassVar[float] = 1e-2
+    default_lr: ClassVar[float] = 3e-3
     layers: ClassVar[tuple[type[Injected], ...]] = (MLPPrompt, LSTMPrompt, EncodedPromptAttention)
     inside: ClassVar[str] = PromptTuning.inside
 

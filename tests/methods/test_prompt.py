@@ -415,8 +415,10 @@ def like_ours(theirs: Any, ours: Any, name: str) -> None:
 
 
 @each_task
-def test_stock_peft_loads_ours(name: str, tmp_path: Path) -> None:
-    model = with_prompt(GENERATORS[name]())
+@pytest.mark.parametrize("method", [PromptTuning(N), PTuning(N)], ids=["prompt", "p_tuning"])
+def test_stock_peft_loads_ours(name: str, method: Any, tmp_path: Path) -> None:
+    model = GENERATORS[name]()
+    method.inject(model)
     save_adapter(model, tmp_path)
     assert load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"].shape == (N, 16)
     like_ours(peft.PeftModel.from_pretrained(GENERATORS[name](), tmp_path), model, name)
