@@ -30,7 +30,7 @@ from lightning_ft import (
     PromptTuning,
     load_adapter,
     save_adapter,
-)  # fmt: skip
+)
 from lightning_ft.bank import Banked
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.files.state import StateError
