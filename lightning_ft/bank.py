@@ -43,9 +43,10 @@ class AdapterBank:
         with bank.rows(["alice", None, "bob"]):       # row by row, each with its own adapter and head
             model(**batch)
 
-    Adapters may differ in method (of those that act on single layers: LoRA's family, IA3), rank, targets and trained
-    heads. A head has as many labels as the model's, or the rows' outputs couldn't be one tensor. An adapter costs the
-    memory of its own tensors, on the base's device. The bank is for inference: adapters don't train in it.
+    Adapters may differ in method, rank, targets and trained heads. The rows of LoRA's family and of IA3 are answered
+    together; those of other methods, and where methods meet in a module, adapter by adapter. What adapts more than
+    single layers (prompts) is refused. A head has as many labels as the model's, or the rows' outputs couldn't be one
+    tensor. An adapter costs the memory of its own tensors, on the base's device. Adapters don't train in a bank.
 
     Threads: ``rows`` holds for the thread (or asyncio task) that entered it, so that several may answer at a time.
     ``use`` is for all of them. While adapters are loaded or removed, the model must not run.
@@ -177,8 +178,8 @@ def _layers(model: nn.Module, places: Sequence[tuple[str, Tensor, Tensor]], dire
         if own or isinstance(module, Injected):
             if any(True for _ in module.children()):
                 raise InjectionError(
-                    f"'{directory}' changes '{path}', which has modules inside; a bank holds adapters of single layers"
-                    " (LoRA's family, IA3, heads). load_adapter can load it into a model of its own."
+                    f"'{directory}' changes '{path}', which has modules inside, and a bank holds adapters of single"
+                    " layers. load_adapter() can load it into a model of its own."
                 )
             for held, key in own:
                 held[key] = replaced[id(held[key])]

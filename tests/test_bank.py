@@ -17,7 +17,20 @@ from foreign import MODULES, BertInInit, Classifier, TorchTransformer, make
 from torch import Tensor, nn
 
 import lightning_ft
-from lightning_ft import IA3, AdapterBank, FullFineTuning, HeadOnly, InjectionError, LoRA, load_adapter, save_adapter
+from lightning_ft import (
+    IA3,
+    AdaLoRA,
+    Adapter,
+    AdapterBank,
+    BitFit,
+    FullFineTuning,
+    HeadOnly,
+    InjectionError,
+    LoRA,
+    PromptTuning,
+    load_adapter,
+    save_adapter,
+)
 from lightning_ft.bank import Banked
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.files.state import StateError
@@ -25,7 +38,8 @@ from lightning_ft.injection import injected_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-TOKENS = torch.randint(1, 50, (9, 7), generator=torch.Generator().manual_seed(2))
+ROWS = 12
+TOKENS = torch.randint(1, 50, (ROWS, 7), generator=torch.Generator().manual_seed(2))
 
 ALIKE: dict[str, FineTuning] = {
     "ann": LoRA(r=2, target_modules="all-linear"),
@@ -41,6 +55,9 @@ MIXED: dict[str, FineTuning] = {
     "fay": LoRA(r=2, bias="lora_only", init_lora_weights="pissa"),
     "gus": LoRA(r=2, target_modules=["word_embeddings", "query"], modules_to_save=["pooler", "LayerNorm"]),
     "hal": HeadOnly(),
+    "ida": AdaLoRA(target_modules=["query"]),
+    "jon": BitFit(),
+    "kim": Adapter(),
 }
 
 
@@ -91,8 +108,8 @@ def test_switching_is_loading_and_each_row_is_as_it_would_be_alone(
         bank.use(name)
         assert torch.equal(tiny.logits(model, TOKENS), wanted[name])
         assert name is None or not torch.allclose(wanted[name], wanted[None], atol=1e-2)
-    names = ([*methods, None] * 9)[: len(TOKENS)]
-    for order in (torch.arange(9), torch.randperm(9)):
+    names = ([*methods, None] * ROWS)[:ROWS]
+    for order in (torch.arange(ROWS), torch.randperm(ROWS)):
         rows = [names[i] for i in order]
         with bank.rows(rows):
             for _ in range(2):
@@ -100,7 +117,7 @@ def test_switching_is_loading_and_each_row_is_as_it_would_be_alone(
         each = [wanted[name][i] for i, name in zip(order, rows, strict=True)]
         torch.testing.assert_close(out, torch.stack(each), atol=1e-5, rtol=1e-5)
     assert torch.equal(tiny.logits(model, TOKENS), wanted[None]), "after the block"
-    with bank.rows(["ann"] * 9):
+    with bank.rows(["ann"] * ROWS):
         assert torch.equal(tiny.logits(model, TOKENS), wanted["ann"])
 
 
@@ -156,7 +173,7 @@ def test_stock_pefts_adapters_answer_a_mixed_batch_as_peft_does(tmp_path: Path) 
     bank = AdapterBank(model)
     for name in ("ann", "ben"):
         bank.load(name, tmp_path / name)
-    names = ["ben", "ann", None, "ann", "ben", "ben", None, "ann", "ben"]
+    names = ["ben", "ann", None, "ann", "ben", "ben", None, "ann", "ben", "ann", "ben", None]
     with bank.rows(names), torch.no_grad():
         ours = tiny.logits(model, TOKENS)
         stock = theirs.eval()(input_ids=TOKENS, adapter_names=[name or "__base__" for name in names]).logits
@@ -279,7 +296,7 @@ def test_threads_have_rows_of_their_own(tmp_path: Path) -> None:
             if name == "cid":  # in no block: whichever is in use
                 found[name].append(tiny.logits(model, TOKENS))
             else:
-                with bank.rows([name] * 9):
+                with bank.rows([name] * ROWS):
                     found[name].append(tiny.logits(model, TOKENS))
 
     threads = [threading.Thread(target=answer, args=(name,)) for name in found]
@@ -327,10 +344,10 @@ def test_what_a_bank_refuses_changes_nothing(tmp_path: Path) -> None:
     assert torch.equal(tiny.logits(model), wanted)
 
 
-@pytest.mark.parametrize(("names", "beams"), [(2, 1), (10, 1), (3, 2)])
+@pytest.mark.parametrize(("names", "beams"), [(2, 1), (13, 1), (3, 2)])
 def test_rows_must_be_as_many_as_the_batch_has(names: int, beams: int, tmp_path: Path) -> None:
     model, bank = banked(tmp_path, ALIKE, tiny.bert_classifier)
-    with bank.rows(["ann"] * names, beams), pytest.raises(InjectionError, match=rf"got 9 rows.* {names} names"):
+    with bank.rows(["ann"] * names, beams), pytest.raises(InjectionError, match=rf"got {ROWS} rows.* {names} names"):
         tiny.logits(model, TOKENS)
     bank.use(None)
     assert torch.equal(tiny.logits(model), tiny.logits(tiny.bert_classifier())), "the block is over"
@@ -382,3 +399,6 @@ def test_what_changes_more_than_single_layers_is_refused(tmp_path: Path) -> None
         AdapterBank(module, "encoder").load("ann", tmp_path / "ann")
     assert tree(module) == tree(make(TorchTransformer))
     assert not [name for name, _ in injected_modules(module)]
+    saved(tmp_path, {"ben": PromptTuning(2)}, tiny.bert_classifier)
+    with pytest.raises(InjectionError, match="changes 'bert', which has modules inside"):
+        AdapterBank(tiny.bert_classifier()).load("ben", tmp_path / "ben")
