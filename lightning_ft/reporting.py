@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,44 +19,46 @@ def heat_map(values: Mapping[str, int], top: int, label: str) -> Figure:
     """A picture of one number a module: a column for each layer of the model, a row for each kind of module in it.
 
     Args:
-        values: the numbers, by the modules' paths.
+        values: the numbers, by the modules' paths, in the model's order.
         top: the number that has the darkest shade; 0 has the lightest.
         label: what the numbers are.
     """
     from matplotlib.figure import Figure
 
-    places = {path: _place(path) for path in values}
-    several = len({before for before, _, _ in places.values()}) > 1  # an encoder's layers and a decoder's
-    named = {
-        path: (layer, f"{before} {kind}".strip() if several or not kind else kind)
-        for path, (before, layer, kind) in places.items()
-    }
-    cells = {named[path]: value for path, value in values.items()}
-    layers = sorted({layer for layer, _ in cells})
-    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    cells = dict(zip(_places(list(values)), values.values(), strict=True))
+    layers, kinds = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
     grid = [[cells.get((layer, kind), float("nan")) for layer in layers] for kind in kinds]
-    room = 0.085 * max(map(len, kinds))  # inches that the names take
-    figure = Figure(figsize=(max(4.0, room + 1.6 + 0.45 * len(layers)), 1.3 + 0.42 * len(kinds)), layout="constrained")
-    axes = figure.add_subplot()
+    names = 0.085 * max(map(len, kinds))  # inches
+    figure = Figure(figsize=(max(4.0, names + 1.6 + 0.45 * len(layers)), 1.3 + 0.42 * len(kinds)), layout="constrained")
+    axes = figure.add_subplot(xlabel="layer", facecolor="0.9")
     image = axes.imshow(grid, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-    axes.set_xticks(range(len(layers)), ["" if layer < 0 else str(layer) for layer in layers])
+    axes.set_xticks(range(len(layers)), layers)
     axes.set_yticks(range(len(kinds)), kinds)
-    axes.set(xlabel="layer")
-    for row, kind in enumerate(kinds):
-        for column, layer in enumerate(layers):
-            if (value := cells.get((layer, kind))) is not None:
-                color = "white" if value > 0.6 * top else "black"
-                axes.text(column, row, str(value), ha="center", va="center", color=color)
+    for (layer, kind), value in cells.items():
+        color = "white" if value > 0.6 * top else "black"
+        axes.text(layers.index(layer), kinds.index(kind), str(value), ha="center", va="center", color=color)
     figure.colorbar(image, ax=axes, label=label)
     return figure
 
 
-def _place(path: str) -> tuple[str, int, str]:
-    """``encoder.layer.0.attention.query`` is ``encoder.layer``, 0, ``attention.query``; -1 where there's no number."""
-    parts = path.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-    layer = int(parts[number]) if number < len(parts) else -1
-    return ".".join(parts[:number]), layer, ".".join(parts[number + 1 :])
+def _places(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """The layer and the kind of each module: of ``bert.encoder.layer.0.attention.query`` it's 0, ``attention.query``.
+
+    Where there are several lists of layers (an encoder and a decoder) the kind says which; a module that is in none
+    has no layer.
+    """
+    parts = [path.split(".") for path in paths]
+    levels = zip(*(path[:-2] for path in parts), strict=False)
+    shared = sum(1 for _ in takewhile(lambda names: len({*names}) == 1 and not names[0].isdigit(), levels))
+    split = []
+    for path in (path[shared:] for path in parts):
+        number = next((i for i, part in enumerate(path) if part.isdigit()), None)
+        split.append(("", "", path) if number is None else (".".join(path[:number]), path[number], path[number + 1 :]))
+    several = len({before for before, layer, _ in split if layer}) > 1
+    return [
+        (layer, ".".join([before, *kind]).strip(".") if several or not kind else ".".join(kind))
+        for before, layer, kind in split
+    ]
 
 
 @rank_zero_only

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from lightning_ft.reporting import log_figure, log_folder, log_table
+from lightning_ft.reporting import heat_map, log_figure, log_folder, log_table
 
 COLUMNS = ["label", "share"]
 ROWS: list[list[Any]] = [["good, really", 0.5], ["差", 1.0]]
@@ -144,3 +144,27 @@ def test_artifact_names_are_such_as_wandb_takes(tmp_path: Path, name: str) -> No
     log_folder([logger], name, tmp_path, "adapter")
     [(_, _, kwargs)] = logger.experiment.calls
     assert wandb.Artifact(**kwargs).name.startswith("adapter-")
+
+
+@pytest.mark.parametrize(
+    ("paths", "columns", "rows"),
+    [
+        (["bert.encoder.layer.0.query", "bert.encoder.layer.1.query", "bert.encoder.layer.1.output.dense"],
+         ["0", "1"], ["query", "output.dense"]),
+        (["bert.encoder.layer.0.query", "bert.encoder.layer.1.query", "bert.pooler.dense"],
+         ["0", "1", ""], ["query", "pooler.dense"]),
+        (["t5.encoder.block.0.layer.1.q", "t5.decoder.block.0.layer.1.q", "t5.decoder.block.10.layer.1.q"],
+         ["0", "10"], ["encoder.block.layer.1.q", "decoder.block.layer.1.q"]),
+        (["net.encoder.0", "net.encoder.2"], ["0", "2"], ["encoder"]),
+        (["h.3.c_attn"], ["3"], ["c_attn"]),
+        (["body"], [""], ["body"]),
+    ],
+    ids=["layers", "a module in none", "two lists of layers", "a Sequential", "one layer", "one module"],
+)  # fmt: skip
+def test_a_heat_map_has_a_column_for_each_layer_and_a_row_for_each_kind(
+    paths: list[str], columns: list[str], rows: list[str]
+) -> None:
+    axes = heat_map(dict(zip(paths, range(3), strict=False)), 12, "rank").axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == columns
+    assert [text.get_text() for text in axes.get_yticklabels()] == rows
+    assert [text.get_text() for text in axes.texts] == [str(i) for i in range(len(paths))]

@@ -498,6 +498,7 @@ class AdaLoRA(FineTuning):
 
         Not before: tuning callbacks train and restore the module in on_fit_start.
         """
+        super().on_train_start(trainer, pl_module)
         base = find_base(pl_module, self.backbone)
         self._layers = {
             base.prefixed(path): layer for path, layer in injected_modules(base.root) if isinstance(layer, AdaLoRALayer)
