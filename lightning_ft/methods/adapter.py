@@ -295,7 +295,7 @@ class Adapter(FineTuning):
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"
-    default_lr: ClassVar[float] = 1e-3
+    default_lr: ClassVar[float] = 3e-3
     layers: ClassVar[tuple[type[Injected], ...]] = (SequentialAdapter, ParallelAdapter, ResidualAdapter)
 
     def __init__(

@@ -20,7 +20,8 @@ from lightning_ft.files.peft import CARD, CONFIG, OWN_TYPES, WEIGHTS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),  # of PEFT's own AdaLoRA files too
+    # Said of the rank_pattern in the AdaLoRA files of PEFT itself too.
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),
 ]
 
 POOLED_BY_PEFT = {"PROMPT_TUNING", "P_TUNING"}
