@@ -13,7 +13,6 @@ PEFT's names are kept in code and files: lora_A is Q, lora_B is P, lora_E is λ.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -33,6 +32,7 @@ from lightning_ft.injection import (
     Injected,
     InjectionError,
     Layer,
+    exactly,
     find_base,
     inject_layers,
     injected_modules,
@@ -358,7 +358,7 @@ class AdaLoRA(FineTuning):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
-    default_lr: ClassVar[float] = 1e-3
+    default_lr: ClassVar[float] = 1e-2
     layers: ClassVar[tuple[type[Injected], ...]] = (AdaLoRALinear, AdaLoRAConv1D)
 
     def __init__(
@@ -466,7 +466,7 @@ class AdaLoRA(FineTuning):
             init_r,
             alpha=config.get("lora_alpha", 8),
             dropout=config.get("lora_dropout", 0.0),
-            target_modules=f"(?:{'|'.join(map(re.escape, targets))})",  # these paths, and none that ends like one
+            target_modules=exactly(targets),
             **{**training, "target_r": min(training.get("target_r", 8), init_r)},
             modules_to_save=modules_to_save,
             backbone=backbone,
