@@ -7,15 +7,16 @@ An adapter narrows what it reads to k features, bends them and widens them again
     Houlsby    one behind attention's output projection and one behind the feed-forward's, before each residual is
                added; x = h, s = 1                            Houlsby et al. 2019, https://arxiv.org/abs/1902.00751
     Pfeiffer   behind the feed-forward's only                 Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247
-    parallel   beside the feed-forward, h its output and x its input
+    parallel   beside the feed-forward, h its output and x its input (after the norm, where one stands before it)
                                                     He et al. 2022, https://arxiv.org/abs/2110.04366, section 3.3
-    AdapterDrop  the adapters of the lowest layers are left out, in training at random
+    AdapterDrop    the adapters of the lowest layers are left out, in training at random
                                                     Rücklé et al. 2021, https://arxiv.org/abs/2010.11918
 
 U and c start at zero, so that training starts from the pretrained model. f isn't linear: an adapter can't be folded
-into the weights, and can stand beside a method that changes those (LoRA). All are put where the linear layer ends,
-for every architecture alike: the base's own dropout, if it has one there, drops the adapter's part too, and
-Pfeiffer's reads the feed-forward's output before the norm (their code behind it).
+into the weights, and can stand beside a method that changes those (LoRA). Houlsby's and Pfeiffer's stand right behind
+the linear layer that ends the sub-layer, for every architecture alike: the base's own dropout, where it has one there,
+comes after them (in Houlsby's code before), and Pfeiffer's reads the sub-layer's output, not that of the norm after it
+(as the authors' code does).
 
 In files, ``peft_type`` is ``BOTTLENECK``, our own: PEFT has no such adapters. ``adapter_config.json`` has the fields
 ``placement``, ``bottleneck`` or ``reduction_factor``, ``non_linearity``, ``scaling``, ``dropout`` (the arguments of
@@ -268,7 +269,7 @@ class Adapter(FineTuning):
     """Bottleneck adapters in any LightningModule (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751).
 
     ``L.Trainer(callbacks=[Adapter()])``, or without a Trainer ``Adapter().inject(model)``. They stay in the model: it
-    can't be merged, and each costs inference a few percent.
+    can't be merged, and inference costs some 2% more.
 
     Args:
         placement: ``"pfeiffer"`` (behind each feed-forward), ``"houlsby"`` (behind each attention too), or
@@ -432,7 +433,7 @@ class Adapter(FineTuning):
 
 
 def drop_adapters(model: nn.Module, n: int, backbone: str | None = None) -> list[str]:
-    """Take the adapters of the first ``n`` layers off, for good: inference is faster, and a saved adapter smaller.
+    """Take the adapters of the first ``n`` layers off, for good: inference costs less, and a saved adapter is smaller.
 
     AdapterDrop (Rücklé et al. 2021, https://arxiv.org/abs/2010.11918). It costs least quality in a model that was
     trained with ``Adapter(adapter_drop=n)``.
