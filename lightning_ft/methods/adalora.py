@@ -358,7 +358,7 @@ class AdaLoRA(FineTuning):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
-    default_lr: ClassVar[float] = 1e-2
+    default_lr: ClassVar[float] = 1e-2  # λ starts at 0 between short vectors: above LoRA's, or it takes long to begin
     layers: ClassVar[tuple[type[Injected], ...]] = (AdaLoRALinear, AdaLoRAConv1D)
 
     def __init__(
@@ -572,9 +572,9 @@ class AdaLoRA(FineTuning):
         The last that happens in a fit: weight averaging copies into tensors of the old size in on_train_end.
         """
         masks = self._allocator.masks if self._allocator is not None else {}
-        for path, mask in masks.items():
-            prune(cast(Any, pl_module.get_submodule(path)), mask, trainer.optimizers)
-        masks.clear()
+        for path, layer in self._layers.items():  # none where a resumed fit found that it had nothing left to do
+            if path in masks:
+                prune(layer, masks.pop(path), trainer.optimizers)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See :class:`FineTuning`."""
@@ -592,9 +592,9 @@ class AdaLoRA(FineTuning):
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule, how far it has come, and what the next allocation rests on: numbers and tensors."""
-        return (
-            {} if self._allocator is None else {**vars(self._allocator), "schedule": asdict(self._allocator.schedule)}
-        )
+        if self._allocator is None:
+            return {}
+        return {**vars(self._allocator), "schedule": asdict(self._allocator.schedule)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""

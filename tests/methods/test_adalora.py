@@ -377,6 +377,18 @@ def test_a_checkpoint_of_any_time_gives_the_model_of_that_time_back(tmp_path: Pa
     assert sum(len(value) for key, value in saved.items() if key.endswith("lora_E")) == sum(pruned)
 
 
+def test_a_fit_that_has_nothing_left_to_do_changes_nothing(tmp_path: Path) -> None:
+    def fit(module: BertInInit, **more: Any) -> dict[str, Tensor]:
+        each = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        trainer(small(), each, max_epochs=2, enable_checkpointing=True).fit(module, **more)
+        return module.state_dict()
+
+    fit(make(BertInInit))
+    again = fit(make(BertInInit), ckpt_path=tmp_path / "epoch=1.ckpt")
+    saved = torch.load(tmp_path / "epoch=1.ckpt")["state_dict"]
+    assert all(torch.equal(again[key], value) for key, value in saved.items())
+
+
 def test_training_that_ends_early_ends_at_the_target_and_says_so() -> None:
     class Stop(Callback):
         def on_train_batch_end(self, run: Any, *_: Any) -> None:
