@@ -215,14 +215,12 @@ def data(tmp_path: Path) -> Path:
         ("methods=[lora,haed]", ["no method 'haed'", *choices("method"), "Did you mean head?"]),
         ("methods=[lora,lora]", ["methods must be a list of different values"]),
         ("methods=[]", ["methods must be a list"]),
-        ("seeds=[1,1]", ["seeds must be a list of different values"]),
         ("seeds=[0,first]", ["seeds must be whole numbers, not [0, first]"]),
         ("hydra.run.dir=there", ["'there/full' is there already"]),
         ("method=lora", ["methods=["]),
         ("method.r=4", ["no option 'method'", "Did you mean 'methods'?"]),
         ("optimizer.rl=1", ["no option 'optimizer.rl'", "'optimizer' has"]),
         ("data.text=body", ["no column 'body'"]),
-        ("data.path=nowhere.csv", ["no file 'nowhere.csv'"]),
     ],
 )
 def test_what_is_wrong_is_said_before_any_run(
@@ -349,10 +347,9 @@ def test_a_comparison_in_which_all_fail_has_a_table() -> None:
     assert "failed" in captured.get()
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("count", [1, 12])
-def test_no_name_in_the_picture_meets_another_or_a_dot(count: int, seed: int) -> None:
-    draw = random.Random(seed)
+def test_no_name_in_the_picture_meets_another_or_a_dot(count: int) -> None:
+    draw = random.Random(count)
     methods = [f"{'method' * draw.randint(1, 2)}_{i}"[:11] for i in range(count)]
     found = [
         finished(m, 0, draw.gauss(0.8, 0.02), 10 ** draw.uniform(-4, 0), merged=draw.choice([True, False]))
