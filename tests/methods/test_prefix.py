@@ -121,20 +121,19 @@ def mlp_of(model: Any, i: int) -> tuple[Tensor, Tensor]:
 
 @each_model
 @each_attention
-@pytest.mark.parametrize("side", ["right", "left"])
 @torch.no_grad()
-def test_each_row_of_a_batch_is_what_its_text_gives_alone(name: str, kind: str, side: str) -> None:
+def test_each_row_of_a_batch_is_what_its_text_gives_alone(name: str, kind: str) -> None:
     model = with_prefix(MODELS[name](attn_implementation=kind)).base_model
     bare = MODELS[name](attn_implementation=kind).base_model
-    ids, mask = padded(side)
-    states = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    for row, text in enumerate(TEXTS):
-        alone = model(torch.tensor([text])).last_hidden_state[0]
-        close(states[row][mask[row].bool()], alone)
-        assert not torch.allclose(bare(torch.tensor([text])).last_hidden_state[0], alone, atol=1e-2)
+    for ids, mask in (padded("right"), padded("left")):
+        states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        for row, text in enumerate(TEXTS):
+            alone = model(torch.tensor([text])).last_hidden_state[0]
+            close(states[row][mask[row].bool()], alone)
+            assert not torch.allclose(bare(torch.tensor([text])).last_hidden_state[0], alone, atol=1e-2)
 
 
-@each_model
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 @torch.no_grad()
 def test_all_outputs_are_the_models_own(name: str) -> None:
     model, bare = (MODELS[name](attn_implementation="eager").base_model for _ in "ab")
@@ -279,6 +278,9 @@ def test_a_prompt_and_a_prefix_are_refused_together() -> None:
 
 TASKS = {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM"}
 each_task = pytest.mark.parametrize("name", TASKS)
+projected_or_not = pytest.mark.parametrize(
+    ("name", "projection"), [("bert", False), ("bert", True), ("gpt2", False), ("llama", True)]
+)
 
 
 def batch_for(name: str) -> dict[str, Tensor]:
@@ -332,8 +334,7 @@ def logits(model: Any, name: str) -> Tensor:
     return model.eval()(**batch_for(name)).logits
 
 
-@each_task
-@pytest.mark.parametrize("projection", [True, False])
+@projected_or_not
 def test_stock_peft_loads_ours(name: str, projection: bool, tmp_path: Path) -> None:
     model = with_prefix(MODELS[name](), prefix_projection=projection)
     save_adapter(model, tmp_path)
@@ -346,8 +347,7 @@ def test_stock_peft_loads_ours(name: str, projection: bool, tmp_path: Path) -> N
     assert tensors["prompt_embeddings"].shape == (N, LAYERS * 2 * (8 if name == "llama" else 16))
 
 
-@each_task
-@pytest.mark.parametrize("projection", [True, False])
+@projected_or_not
 def test_ours_loads_stock_pefts(name: str, projection: bool, tmp_path: Path) -> None:
     theirs = stock(name, prefix_projection=projection)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -389,7 +389,7 @@ def test_dropout_of_a_model_in_eval_mode_stays_off() -> None:
     assert not any(modes)
 
 
-@each_model
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_a_base_in_bf16_keeps_its_dtype_and_the_prefix_fp32(name: str) -> None:
     model = with_prefix(MODELS[name]()).bfloat16()
     out = model(input_ids=tiny.TOKENS)[0]
@@ -400,8 +400,7 @@ def test_a_base_in_bf16_keeps_its_dtype_and_the_prefix_fp32(name: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("projection", [True, False])
-@each_task
+@projected_or_not
 def test_gradient_checkpointing_gives_the_prefix_its_gradient(name: str, projection: bool, reentrant: bool) -> None:
     def gradients(model: Any) -> list[Tensor]:
         model(**batch_for(name)).loss.backward()
