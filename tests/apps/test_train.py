@@ -314,12 +314,12 @@ def test_predict_gives_the_labels_of_the_module_in_memory_in_order(at_home: Trai
         assert line["probabilities"] == pytest.approx(dict(zip(LABELS, expected.tolist(), strict=True)), abs=1e-4)
 
 
-@pytest.mark.parametrize("text", [TEXTS[1], TEXTS[4]])
-def test_predict_shows_a_text_with_its_label(text: str, at_home: Trained) -> None:
-    out = succeed("predict", "run=runs/first", f"text={text}")
-    row = by_hand(at_home, [text])[0]
-    assert f"│ {text} │ {LABELS[int(row.argmax())]} " in out
-    assert f"{row.max():.2f}" in out
+def test_predict_shows_a_text_with_its_label(at_home: Trained) -> None:
+    for text in [TEXTS[1], TEXTS[4]]:
+        out = succeed("predict", "run=runs/first", f"text={text}")
+        row = by_hand(at_home, [text])[0]
+        assert f"│ {text} │ {LABELS[int(row.argmax())]} " in out
+        assert f"{row.max():.2f}" in out
 
 
 def test_a_line_of_a_file_may_hold_what_else_ends_lines(at_home: Trained, tmp_path: Path) -> None:
@@ -342,9 +342,8 @@ def test_last_is_the_newest_run(at_home: Trained, tmp_path: Path, monkeypatch: p
     assert succeed("evaluate", "run=last").startswith("runs/multirun/0 on ")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
+def test_predict_says_what_is_wrong(at_home: Trained) -> None:
+    for arguments, said in [
         (["run=nowhere", "text=good"], ["run='nowhere' isn't the folder of a finished run", "runs/first"]),
         (["run=data", "text=good"], ["run='data' isn't the folder of a finished run"]),
         (["run=runs/first"], ["give either text="]),
@@ -355,30 +354,23 @@ def test_last_is_the_newest_run(at_home: Trained, tmp_path: Path, monkeypatch: p
         (["run=runs/first", "file=runs/first/adapter/adapter_model.safetensors"], ["isn't UTF-8", "at byte"]),
         (["run=runs/first", "text=good", "out=nowhere/out.jsonl"], ["out='nowhere/out.jsonl' can't be written"]),
         (["run=runs/first", "text=good", "out=data"], ["out='data' can't be written"]),
-    ],
-    ids=lambda value: " ".join(value) if "=" in value[0] else "",
-)
-def test_predict_says_what_is_wrong(arguments: list[str], said: list[str], at_home: Trained) -> None:
-    message = call("predict", *arguments).message
-    assert all(part in message for part in said), message
+    ]:
+        message = call("predict", *arguments).message
+        assert all(part in message for part in said), message
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
+def test_evaluate_says_what_is_wrong(at_home: Trained) -> None:
+    for arguments, said in [
         (["run=nowhere"], ["run='nowhere' isn't the folder of a finished run"]),
         (["run=runs/first", "data.path=nowhere.csv"], ["no file 'nowhere.csv'"]),
         (["run=runs/first", "data.text=body"], ["no column 'body'"]),
         (["run=runs/first", "data.path=unknown.csv"], ["label 'so-so'", "bad, good, mixed"]),
         (["run=runs/first", "data.paht=x.csv"], ["no option 'data.paht'", "Did you mean 'path'?"]),
-    ],
-    ids=lambda value: " ".join(value) if "=" in value[0] else "",
-)
-def test_evaluate_says_what_is_wrong(arguments: list[str], said: list[str], at_home: Trained) -> None:
-    write_csv(at_home.home / "unknown.csv", [("good", "good"), ("bad", "so-so")])
-    message = call("evaluate", *arguments).message
-    (at_home.home / "unknown.csv").unlink()
-    assert all(part in message for part in said), message
+    ]:
+        write_csv(at_home.home / "unknown.csv", [("good", "good"), ("bad", "so-so")])
+        message = call("evaluate", *arguments).message
+        (at_home.home / "unknown.csv").unlink()
+        assert all(part in message for part in said), message
 
 
 def test_without_any_run_last_says_how_to_make_one(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_bare_models_checkpoint_is_refused_or_completes(name: str, tmp_path: P
     run.fit(bare)
     run.save_checkpoint(tmp_path / "bare.ckpt", weights_only=True)
     if name == "lora":
-        with pytest.raises(StateError, match=r"bare\.ckpt' has no value for 8 trained tensors.*lora_A") as error:
+        with pytest.raises(StateError, match=r"bare\.ckpt' has no value for 8 trained tensors.*lora_") as error:
             resume(name, tmp_path / "bare.ckpt")
         assert "load it into the module first" in str(error.value)
     else:

@@ -143,10 +143,10 @@ BATCHES: dict[str, Callable[[list[Any]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("collate", BATCHES.values(), ids=BATCHES)
-def test_samples_are_counted_in_any_batch(clock: Clock, collate: Callable[[list[Any]], Any]) -> None:
-    _, epochs = fit(clock, rows=10, collate=collate)
-    assert epochs[0]["cost/samples_per_second"] == pytest.approx(10 / (3 * TRAIN_SECONDS))
+def test_samples_are_counted_in_any_batch(clock: Clock) -> None:
+    for collate in BATCHES.values():
+        _, epochs = fit(clock, rows=10, collate=collate)
+        assert epochs[0]["cost/samples_per_second"] == pytest.approx(10 / (3 * TRAIN_SECONDS))
 
 
 def test_batch_of_an_unknown_kind_does_not_stop_the_training(clock: Clock) -> None:

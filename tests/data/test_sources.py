@@ -139,13 +139,7 @@ CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
     "wrong ending": ("notes.txt", b"some words", ["notes.txt", "ending", ".csv, .tsv, .jsonl"]),
     "empty file": ("empty.csv", b"", ["empty.csv", "empty"]),
     "malformed CSV": ("bad.csv", b"text,label\na,1\nb,c,d,1\n", ["bad.csv", "CSV", "line 3"]),
-    "malformed JSONL": ("bad.jsonl", b'{"text": "a", "label": 1}\n{"text": "b",\n', ["bad.jsonl", "JSON"]),
     "malformed Parquet": ("bad.parquet", b"no parquet, this", ["bad.parquet", "PARQUET"]),
-    "latin-1 CSV": (
-        "old.csv",
-        "text,label\nschön,1\n".encode("latin-1"),
-        ["old.csv", "utf-8", "data.encoding="],
-    ),
     "no text column": (
         "a.csv",
         b"txt,label\na,1\n",
@@ -172,7 +166,6 @@ CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
         b"text,label\na,1\nb,\nc,0\n",
         ["a.csv", "row 2", "no label", "'label'", "Fill or"],
     ),
-    "short line": ("a.csv", b"text,label\na,1\nb,0\nc\n", ["a.csv", "row 3", "no label"]),
     "null label": (
         "a.jsonl",
         b'{"text": "a", "label": "x"}\n{"text": "b", "label": null}',
@@ -396,10 +389,10 @@ def test_given_splits_are_taken_as_given(given: tuple[str, ...]) -> None:
     assert sorted(chain(*carved)) == sorted(splits["train"]["text"])
 
 
-@pytest.mark.parametrize("labels", [["a"] * 30 + ["b"], ["a", "b"]], ids=len)
-def test_too_few_rows_of_a_label_to_split_are_named(labels: list[str]) -> None:
-    with pytest.raises(DataError, match=r"source: too few rows.*label '[ab]'.*Add rows, or give the splits"):
-        complete({"train": rows_of(labels)}, "label", 0.1, 0.2, 0, "source")
+def test_too_few_rows_of_a_label_to_split_are_named() -> None:
+    for labels in [["a"] * 30 + ["b"], ["a", "b"]]:
+        with pytest.raises(DataError, match=r"source: too few rows.*label '[ab]'.*Add rows, or give the splits"):
+            complete({"train": rows_of(labels)}, "label", 0.1, 0.2, 0, "source")
 
 
 @pytest.mark.parametrize(("rows", "rare", "validation", "test"), [(20, 3, 0.1, 0.2), (30, 3, 0.5, 0.4)])
@@ -413,7 +406,7 @@ def test_every_split_has_every_label_or_is_refused(rows: int, rare: int, validat
         assert all(set(split["label"]) == {"rare", "often"} for split in splits.values())
 
 
-@pytest.mark.parametrize(("validation", "test"), [(0.0, 0.2), (0.6, 0.4)])
-def test_shares_that_make_no_sense_are_named(validation: float, test: float) -> None:
-    with pytest.raises(DataError, match=f"validation={validation} and test={test}"):
-        complete({"train": rows_of(["a", "b"] * 50)}, "label", validation, test, 0, "source")
+def test_shares_that_make_no_sense_are_named() -> None:
+    for validation, test in [(0.0, 0.2), (0.6, 0.4)]:
+        with pytest.raises(DataError, match=f"validation={validation} and test={test}"):
+            complete({"train": rows_of(["a", "b"] * 50)}, "label", validation, test, 0, "source")

@@ -630,9 +630,8 @@ def test_a_loaded_adapter_trains_on_at_its_ranks(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
+def test_a_bad_argument_is_an_error_with_its_value() -> None:
+    for argument, value in [
         ("init_r", 0),
         ("target_r", 1.5),
         ("deltaT", "8"),
@@ -644,11 +643,9 @@ def test_a_loaded_adapter_trains_on_at_its_ranks(tmp_path: Path) -> None:
         ("alpha", "16"),
         ("dropout", 1),
         ("orth_reg_weight", math.inf),
-    ],
-)
-def test_a_bad_argument_is_an_error_with_its_value(argument: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"AdaLoRA: {argument} must be .*, not {value!r}\."):
-        AdaLoRA(**{argument: value})
+    ]:
+        with pytest.raises(ValueError, match=rf"AdaLoRA: {argument} must be .*, not {value!r}\."):
+            AdaLoRA(**{argument: value})
 
 
 def test_a_target_above_the_start_is_an_error() -> None:
