@@ -211,9 +211,9 @@ def data(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "reviews.csv", reviews(60, seed=0))
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
+def test_what_is_wrong_is_said_before_any_run(tiny_bert_dir: str, data: Path, made: list[compare.Run]) -> None:
+    (data.parent / "there" / "full").mkdir(parents=True)
+    for override, said in [
         ("methods=[lora,haed]", ["no method 'haed'", *choices("method"), "Did you mean head?"]),
         ("methods=[lora,lora]", ["methods must be a list of different values"]),
         ("methods=[]", ["methods must be a list"]),
@@ -223,15 +223,10 @@ def data(tmp_path: Path) -> Path:
         ("method.r=4", ["no option 'method'", "Did you mean 'methods'?"]),
         ("optimizer.rl=1", ["no option 'optimizer.rl'", "'optimizer' has"]),
         ("data.text=body", ["no column 'body'"]),
-    ],
-)
-def test_what_is_wrong_is_said_before_any_run(
-    override: str, said: list[str], tiny_bert_dir: str, data: Path, made: list[compare.Run]
-) -> None:
-    (data.parent / "there" / "full").mkdir(parents=True)
-    message = call(*asking(tiny_bert_dir, data, override)).message
-    assert all(part in message for part in said), message
-    assert not made
+    ]:
+        message = call(*asking(tiny_bert_dir, data, override)).message
+        assert all(part in message for part in said), message
+        assert not made
 
 
 def test_a_run_for_each_method_and_seed_in_a_folder_of_its_own(

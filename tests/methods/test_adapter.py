@@ -474,9 +474,8 @@ def test_two_widths_are_one_too_many() -> None:
         Adapter(bottleneck=8, reduction_factor=16)
 
 
-@pytest.mark.parametrize(
-    ("build", "settings", "message"),
-    [
+def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
+    for build, settings, message in [
         (tiny.bert, {"reduction_factor": 17}, "reduction_factor=17 leaves nothing of the 16 features of 'encoder"),
         (
             tiny.bert,
@@ -501,16 +500,12 @@ def test_two_widths_are_one_too_many() -> None:
             {"placement": "parallel"},
             "OPTModel has no feed-forward module.* Use another placement",
         ),
-    ],
-)
-def test_what_cannot_be_is_refused_and_changes_nothing(
-    build: Callable[[], nn.Module], settings: dict[str, Any], message: str
-) -> None:
-    model = build()
-    with pytest.raises(InjectionError, match=message):
-        Adapter(**settings).inject(model)
-    assert not any(isinstance(module, AdapterLayer) for module in model.modules())
-    assert all(p.requires_grad for p in model.parameters())
+    ]:
+        model = build()
+        with pytest.raises(InjectionError, match=message):
+            Adapter(**settings).inject(model)
+        assert not any(isinstance(module, AdapterLayer) for module in model.modules())
+        assert all(p.requires_grad for p in model.parameters())
 
 
 OPT = {"hidden_size": 16, "num_attention_heads": 2, "ffn_dim": 32, "num_hidden_layers": 2, "vocab_size": 50}

@@ -210,22 +210,19 @@ def test_stock_peft_loads_ours_and_ours_loads_stock_pefts(case: str, tmp_path: P
 # ----------------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
+def test_what_cannot_be_is_refused_with_the_cure() -> None:
+    for settings, says in [
         ({}, "Which modules of Sequential are keys.*feedforward_modules"),
         ({"target_modules": ["0"]}, r"feedforward_modules too \(\[\] for none\)"),
         ({"target_modules": ["1"], "feedforward_modules": []}, "can't adapt .Tanh"),
         ({"target_modules": ["0"], "feedforward_modules": ["2"]}, "feedforward_modules: '2' matches no module"),
         ({"target_modules": ["0"], "feedforward_modules": "2"}, "feedforward_modules='2' names none of the targets"),
-    ],
-)
-def test_what_cannot_be_is_refused_with_the_cure(settings: dict[str, Any], says: str) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-    with pytest.raises(InjectionError, match=says):
-        IA3(**settings, backbone=".").inject(model)
-    assert not injected_names(model)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    ]:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        with pytest.raises(InjectionError, match=says):
+            IA3(**settings, backbone=".").inject(model)
+        assert not injected_names(model)
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_second_injection_on_the_other_side_is_an_error() -> None:

@@ -300,9 +300,8 @@ def test_patterns_mean_what_they_mean_to_peft(settings: dict[str, Any]) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
+def test_a_setting_that_does_nothing_is_an_error() -> None:
+    for settings, says in [
         ({"rank_pattern": {"qury": 4}}, "rank_pattern: 'qury' matches none"),
         ({"alpha_pattern": {"value.": 4}}, "alpha_pattern: 'value.' matches none"),
         ({"exclude_modules": ["qury"]}, r"exclude_modules: 'qury' matches no module.*query"),
@@ -310,13 +309,11 @@ def test_patterns_mean_what_they_mean_to_peft(settings: dict[str, Any]) -> None:
         ({"layers_to_transform": [1, 7]}, "there is no layer 7 among the targets; they lie in 0, 1"),
         ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "no layer 0.*no numbered layers"),
         ({"layers_to_transform": [0], "target_modules": ".*query"}, "write the layers in it"),
-    ],
-)
-def test_a_setting_that_does_nothing_is_an_error(settings: dict[str, Any], says: str) -> None:
-    model = tiny.bert()
-    with pytest.raises(InjectionError, match=says):
-        LoRA(**{"target_modules": ["query"], **settings}).inject(model)
-    assert all(p.requires_grad for p in model.parameters())
+    ]:
+        model = tiny.bert()
+        with pytest.raises(InjectionError, match=says):
+            LoRA(**{"target_modules": ["query"], **settings}).inject(model)
+        assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

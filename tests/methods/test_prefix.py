@@ -207,9 +207,8 @@ def test_too_long_a_text_is_an_error_with_the_numbers(name: str) -> None:
         model(torch.ones(1, limit - N + 1, dtype=torch.long))
 
 
-@pytest.mark.parametrize(
-    ("build", "backbone", "says"),
-    [
+def test_a_base_without_a_place_for_keys_and_values_is_refused() -> None:
+    for build, backbone, says in [
         (tiny.distilbert_classifier, None, "DistilBertModel has no place for them: of its 2 layers 0 take a cache"),
         (tiny.t5, None, "T5Stack has no place for them"),
         (
@@ -218,16 +217,12 @@ def test_too_long_a_text_is_an_error_with_the_numbers(name: str) -> None:
             "of its 1 layers 2 take a cache",
         ),
         (lambda: make(TorchTransformer), "encoder", "TransformerEncoder isn't one"),
-    ],
-)
-def test_a_base_without_a_place_for_keys_and_values_is_refused(
-    build: Callable[[], Any], backbone: str | None, says: str
-) -> None:
-    model = build()
-    with pytest.raises(InjectionError, match=rf"{says}.* another method"):
-        PrefixTuning(backbone=backbone).inject(model)
-    assert all(p.requires_grad for p in model.parameters())
-    assert not injected_names(model)
+    ]:
+        model = build()
+        with pytest.raises(InjectionError, match=rf"{says}.* another method"):
+            PrefixTuning(backbone=backbone).inject(model)
+        assert all(p.requires_grad for p in model.parameters())
+        assert not injected_names(model)
 
 
 def test_a_model_that_keeps_the_prefix_from_its_attention_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

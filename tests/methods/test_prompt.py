@@ -304,20 +304,17 @@ def test_padding_before_a_text_is_refused_where_positions_are_not_told() -> None
         with_prompt(tiny.t5_encoder())(ids, attention_mask=mask)
 
 
-@pytest.mark.parametrize(
-    ("build", "backbone", "named"),
-    [
+def test_a_base_that_takes_no_prompt_is_refused() -> None:
+    for build, backbone, named in [
         (lambda: make(TorchTransformer), "encoder", "TransformerEncoder"),
         (tiny.bert, "encoder", "BertEncoder"),
         (lambda: AlbertModel(small(AlbertConfig, hidden_size=16, num_attention_heads=2)), None, "Albert"),
-    ],
-)
-def test_a_base_that_takes_no_prompt_is_refused(build: Callable[[], Any], backbone: str | None, named: str) -> None:
-    model = build()
-    for method in (PromptTuning(backbone=backbone), PTuning(backbone=backbone)):
-        with pytest.raises(InjectionError, match=rf"{type(method).__name__}.*{named}.* use another method"):
-            method.inject(model)
-    assert all(p.requires_grad for p in model.parameters())
+    ]:
+        model = build()
+        for method in (PromptTuning(backbone=backbone), PTuning(backbone=backbone)):
+            with pytest.raises(InjectionError, match=rf"{type(method).__name__}.*{named}.* use another method"):
+                method.inject(model)
+        assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_bad_argument_is_an_error_with_its_value() -> None:

@@ -213,11 +213,3 @@ def test_optimizer_takes_only_what_trains(module: FineTuner) -> None:
     assert held == {id(p) for p in module.model.classifier.parameters()}
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
-
-
-def test_layer_decay_reaches_the_optimizer(tiny_bert_dir: str) -> None:
-    optimizer = partial(torch.optim.SGD, lr=1.0)
-    module = FineTuner(tiny_bert_dir, Classification(NAMES), optimizer, partial(linear, warmup=0.5), layer_decay=0.5)
-    rates = Rates()
-    make_trainer(callbacks=[rates]).fit(module, loader())
-    assert sorted(set(max(rates.rates))) == [0.125, 0.25, 0.5, 1.0]
