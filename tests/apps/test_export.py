@@ -42,7 +42,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
 
 
-def test_every_methods_export_loads_and_predicts_the_same(each_run: Path, tmp_path: Path) -> None:
+def test_every_methods_export_loads_and_predicts_the_same(each_run: Path) -> None:
     folder = exported(each_run)
     wanted = predicted(each_run)
     ours = base_of(each_run)
@@ -53,7 +53,7 @@ def test_every_methods_export_loads_and_predicts_the_same(each_run: Path, tmp_pa
         torch.testing.assert_close(probabilities(stock, folder), wanted, atol=1e-5, rtol=0)
 
 
-def test_stock_peft_finds_the_base_by_itself(lora_run: Path, tmp_path: Path) -> None:
+def test_stock_peft_finds_the_base_by_itself(lora_run: Path) -> None:
     folder = exported(lora_run)
     model = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=len(LABELS))
     torch.testing.assert_close(probabilities(model, folder), predicted(lora_run), atol=1e-5, rtol=0)

@@ -583,6 +583,15 @@ def test_a_frozen_batchnorm_stays_put_in_a_fit_that_resumes_within_an_epoch(tmp_
     assert all(torch.equal(module.body.state_dict()[key], value) for key, value in before.items())
 
 
+def test_full_fine_tuning_over_an_injected_method_is_an_error() -> None:
+    module = make(BertInInit)
+    LoRA(r=2).inject(module)
+    with pytest.raises(InjectionError, match=r"carries LORA.*Merge it first"):
+        FullFineTuning().inject(module)
+    lightning_ft.merge(module)
+    FullFineTuning().inject(module)
+
+
 def test_a_refused_injection_changes_nothing() -> None:
     module = make(BertInInit)
     for wrong in ({"target_modules": ["qery"]}, {"target_modules": ["query", "LayerNorm"]}, {"modules_to_save": ["x"]}):
