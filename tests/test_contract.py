@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
 
 import lightning_ft
 from lightning_ft import (
@@ -38,7 +39,7 @@ from lightning_ft import (
     adapters,
 )
 from lightning_ft.apps.paths import conf_dir
-from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.callbacks.finetuning import FineTuning, count_parameters
 from lightning_ft.injection import Injected, injected_modules, injected_names
 
 METHODS: dict[str, FineTuning] = {
@@ -131,6 +132,30 @@ def test_every_config_is_a_constructor_call() -> None:
         assert type(instantiate(config, _convert_="all")) is type(ours), name
         # as lightning-hydra-template and others pass their callbacks
         assert instantiate({"_target_": "builtins.dict"}, callbacks=[ours])["callbacks"][0] is ours, name
+
+
+@pytest.mark.parametrize(
+    ("method", "least", "most"),
+    [
+        (FullFineTuning(), 1, 1),
+        (LoRA(r=8, target_modules="attention"), 0.001, 0.01),
+        (AdaLoRA(target_modules="attention"), 0.001, 0.01),
+        (Adapter(), 0.02, 0.04),
+        (Adapter("houlsby"), 0.02, 0.04),
+        (Adapter("parallel"), 0.02, 0.04),
+        (PromptTuning(num_virtual_tokens=20), 0.0001, 0.001),
+        (BitFit(), 0.0005, 0.001),
+        (IA3(), 0.0005, 0.001),
+        (HeadOnly(), 0.00001, 0.0001),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, FineTuning) else "",
+)
+def test_the_share_that_trains_of_bert_base_is_as_published(method: FineTuning, least: float, most: float) -> None:
+    with torch.device("meta"):  # 110M parameters, of which only the shapes matter
+        model = BertForSequenceClassification(BertConfig())
+    method.inject(model)
+    total, trained = count_parameters(model)
+    assert least <= trained / total <= most
 
 
 def test_arguments_are_kept_under_their_own_names_as_plain_values() -> None:

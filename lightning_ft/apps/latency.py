@@ -1,4 +1,4 @@
-"""How long a trained model takes for a text."""
+"""How long a trained model takes for a text, and how that compares with the bare model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_ft import merge
 from lightning_ft.data.module import TextDataModule
+from lightning_ft.injection import twin
 from lightning_ft.tasks.finetuner import FineTuner
 
 BATCHES = 8
@@ -22,7 +23,8 @@ BATCHES = 8
 def measure(module: FineTuner, data: TextDataModule, trainer: L.Trainer, rounds: int) -> dict[str, Any]:
     """Time the forward pass alone, on the device and in the precision of the training.
 
-    What methods added is merged first, where it can be: ``module`` is changed.
+    What methods added is merged first, where it can be: ``module`` is changed. Each pass is followed by one of the bare
+    model, for a machine is never equally fast for long: milliseconds of two runs differ by that too, ratios don't.
 
     Args:
         module: the trained module.
@@ -31,8 +33,8 @@ def measure(module: FineTuner, data: TextDataModule, trainer: L.Trainer, rounds:
         rounds: how often each batch is timed, after a first time that doesn't count.
 
     Returns:
-        ``ms``: milliseconds a text; of each batch, whose lengths differ, the median over the rounds counts.
-        ``quartiles``: how far the passes spread around it. ``batch_size``. ``merged``: None if there was nothing to.
+        ``ms``: milliseconds a text. ``ratio``: its time over the bare model's. Both are medians over the rounds;
+        ``quartiles``: of the ratio. ``batch_size``. ``merged``: None if there was nothing to.
     """
     merged: bool | None = False
     with contextlib.suppress(NotImplementedError):
@@ -46,14 +48,17 @@ def measure(module: FineTuner, data: TextDataModule, trainer: L.Trainer, rounds:
         for i, batch in enumerate(loader)
         if i % stride == 0
     ]
-    with torch.inference_mode(), trainer.precision_plugin.forward_context():
-        passes = [[_seconds(module, batch, device) for batch in batches] for _ in range(rounds + 1)]
-    seconds = np.array(passes[1:])  # (rounds, batches)
-    usual = np.median(seconds, axis=0)
-    ms = 1000 * float(usual.sum()) / sum(len(batch["input_ids"]) for batch in batches)
+    with torch.inference_mode(), trainer.precision_plugin.forward_context(), twin(module) as bare:
+        passes = [
+            [[_seconds(model, batch, device) for model in (module, bare)] for batch in batches]
+            for _ in range(rounds + 1)
+        ]
+    seconds = np.array(passes[1:]).sum(axis=1)  # (rounds, 2)
+    low, ratio, high = np.quantile(seconds[:, 0] / seconds[:, 1], [0.25, 0.5, 0.75]).tolist()
     return {
-        "ms": ms,
-        "quartiles": [ms * ratio for ratio in np.quantile(seconds / usual, [0.25, 0.75]).tolist()],
+        "ms": 1000 * float(np.median(seconds[:, 0])) / sum(len(batch["input_ids"]) for batch in batches),
+        "ratio": ratio,
+        "quartiles": [low, high],
         "batch_size": loader.batch_size,
         "merged": merged,
     }

@@ -11,7 +11,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 from matplotlib.transforms import Bbox
 
-from lightning_ft.apps.records import COSTS, Cost, Record, by_method, deviation, digits, mean, scores, short, title
+from lightning_ft.apps.records import (
+    COSTS,
+    Cost,
+    Record,
+    bare_model,
+    by_method,
+    deviation,
+    digits,
+    mean,
+    scores,
+    short,
+    title,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +53,7 @@ def picture(records: Sequence[Record], data: str) -> Figure:
     for i, cost in enumerate(_BARS):
         _bars(panels[cost.key], groups, cost, colors)
         panels[cost.key].set_yticks(range(len(groups)), list(groups) if i % 2 == 0 else [""] * len(groups))
-    _hatch_unmerged(panels["latency_ms"], groups)
+    _say_of_latency(panels["latency_ratio"], groups, bare_model(records))
     names = _scatter(panels["quality"], groups, score, colors)
     figure.draw_without_rendering()  # from here on it's known what lies where
     _place(panels["quality"], names, [deviation(group, score) for group in groups.values()])
@@ -59,11 +71,11 @@ def _bars(axes: Axes, groups: dict[str, list[Record]], cost: Cost, colors: dict[
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _hatch_unmerged(axes: Axes, groups: dict[str, list[Record]]) -> None:
-    for bar, group in zip(axes.patches, groups.values(), strict=True):
-        if group[0]["merged"] is False:
-            bar.set(hatch="///", edgecolor="white", linewidth=0)
-            axes.set_xlabel("hatched: can't be merged into the base")
+def _say_of_latency(axes: Axes, groups: dict[str, list[Record]], bare: str | None) -> None:
+    unmerged = [bar for bar, g in zip(axes.patches, groups.values(), strict=True) if g[0]["merged"] is False]
+    for bar in unmerged:
+        bar.set(hatch="///", edgecolor="white", linewidth=0)
+    axes.set_xlabel("; ".join(filter(None, [bare, "hatched: can't be merged" if unmerged else None])))
 
 
 def _scatter(axes: Axes, groups: dict[str, list[Record]], score: str, colors: dict[str, Any]) -> list[Annotation]:

@@ -3,7 +3,7 @@
 A record is flat, of plain values: ``method``, ``seed``, ``folder`` and ``status``. Of a failed run it has ``reason``;
 of a finished one the scores under their own names (``test/accuracy``, …), the :data:`COSTS`, and with these
 ``parameters``, ``trained``, ``merged`` (None where there was nothing to merge), ``steps``, ``lr``, ``device``, the
-rows of the splits, and the quartiles of the latency.
+rows of the splits, and the quartiles of the latency's ratio.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Cost(NamedTuple):
 COSTS = (
     Cost("trained_share", "parameters trained", "trained", "%", 100),
     Cost("seconds", "training time", "time", "s"),
-    Cost("latency_ms", "inference", "latency", "ms/text"),
+    Cost("latency_ratio", "inference", "latency", "× bare"),  # two runs' milliseconds tell of the machine's moods too
     Cost("peak_memory_mib", "peak memory in training", "memory", "MiB"),
     Cost("adapter_bytes", "size on disk", "size", "MiB", 2**-20),
 )
@@ -55,7 +55,7 @@ COSTS = (
 def finished(folder: Path) -> dict[str, Any]:
     """What a record says of a finished run, from the run's own results."""
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    latency = results["latency"] or {"ms": None, "quartiles": [None, None], "merged": None}
+    latency = results["latency"] or {"ms": None, "ratio": None, "quartiles": [None, None], "merged": None}
     low, high = latency["quartiles"]
     return {
         "status": "finished",
@@ -63,8 +63,9 @@ def finished(folder: Path) -> dict[str, Any]:
         "trained_share": results["trained"] / results["parameters"],
         **{key: results[key] for key in ("seconds", "peak_memory_mib", "adapter_bytes")},
         "latency_ms": latency["ms"],
-        "latency_ms_q1": low,
-        "latency_ms_q3": high,
+        "latency_ratio": latency["ratio"],
+        "latency_ratio_q1": low,
+        "latency_ratio_q3": high,
         "merged": latency["merged"],
         **{key: results[key] for key in ("parameters", "trained", "steps", "lr", "device")},
         **{f"rows_{split}": count for split, count in results["rows"].items()},
@@ -138,6 +139,7 @@ def table(records: Sequence[Record], data: str) -> Table:
     groups, names = by_method(records), scores(records)
     leading = {score: max(mean(group, score) for group in groups.values()) for score in names}
     result = Table(title=escape(title(records, data)), title_justify="left", box=SIMPLE_HEAD, padding=0)
+    result.caption, result.caption_justify = bare_model(records), "left"
     result.add_column("", no_wrap=True)
     headings = [f"{short(score)}\n%" for score in names] + [f"{cost.short}\n{cost.unit}" for cost in COSTS]
     for heading in (*headings, "merged"):
@@ -163,6 +165,14 @@ def title(records: Sequence[Record], data: str) -> str:
     seeds = dict.fromkeys(str(record["seed"]) for record in records)
     plural = "s" if len(seeds) > 1 else ""
     return f"{data}: {' or '.join(steps) or 'no'} steps, seed{plural} {', '.join(seeds)}"
+
+
+def bare_model(records: Sequence[Record]) -> str | None:
+    """How long the model takes without what methods add, in words; None if no run tells."""
+    timed = [record for record in records if record.get("latency_ms") is not None]
+    if not timed:
+        return None
+    return f"bare: {digits(statistics.median(r['latency_ms'] / r['latency_ratio'] for r in timed))} ms a text"
 
 
 def short(score: str) -> str:

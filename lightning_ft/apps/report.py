@@ -35,7 +35,8 @@ def scores_table(results: Mapping[str, Any]) -> Table:
     table.add_row("peak memory", "", f"{results['peak_memory_mib']:,.0f} MiB")
     table.add_row("saved adapter", "", _size(results["adapter_bytes"]))
     if results["latency"]:
-        table.add_row("inference", "", f"{results['latency']['ms']:.2f} ms a text")
+        ms, ratio = results["latency"]["ms"], results["latency"]["ratio"]
+        table.add_row("inference", "", f"{ms:.2f} ms a text ({ratio:.2f} × the bare model's)")
     return table
 
 

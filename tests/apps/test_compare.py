@@ -201,7 +201,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[compare.Run]:
 
 
 def finished(method: str, seed: int, score: float, share: float = 0.01, merged: bool | None = None) -> dict[str, Any]:
-    costs = {cost.key: 2.0 for cost in records.COSTS}
+    costs = {cost.key: 2.0 for cost in records.COSTS} | {"latency_ms": 2.0}
     name = {"method": method, "seed": seed, "folder": method, "status": "finished", "steps": 8, "merged": merged}
     return {**name, "test/loss": 1.0, "test/accuracy": score, "test/f1": score, **costs, "trained_share": share}
 
@@ -290,34 +290,54 @@ def trained(tiny_bert_dir: str, data: Path) -> tuple[FineTuner, TextDataModule, 
     return module, texts, L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
 
 
+def _refuse(module: FineTuner) -> list[str]:
+    raise NotImplementedError
+
+
 def test_the_same_batches_without_labels_are_timed_after_a_first_round(
     trained: tuple[FineTuner, TextDataModule, L.Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, texts, _ = trained
-    clock = iter([1.0, 8.0, 9.0, *[1.0] * 3, *[2.0] * 3, *[9.0] * 3])  # three batches; the first round is slow
+    clock = iter([9.0, 1.0, 2.0, 5.0])  # of the rounds; the first doesn't count
     seen: list[tuple[int, ...]] = []
+    now = 0.0
 
-    def seconds(_: Any, batch: dict[str, Any], device: Any) -> float:
+    def seconds(model: Any, batch: dict[str, Any], device: Any) -> float:
+        nonlocal now
         assert set(batch) == {"input_ids", "attention_mask"}
+        if model is not module:
+            return now / 2  # the bare one, right after
+        if len(seen) % 3 == 0:  # three batches a round
+            now = next(clock)
         seen.append(tuple(batch["input_ids"].flatten().tolist()))
-        return next(clock)
+        return now
 
     monkeypatch.setattr(latency, "_seconds", seconds)
     found = latency.measure(*trained, rounds=3)
     assert len(seen) == 12
     assert seen[:3] == seen[3:6] == seen[6:9] == seen[9:]
     assert found["ms"] == pytest.approx(1000 * 3 * 2.0 / len(texts.splits["test"]))
-    assert found["quartiles"][0] <= found["ms"] <= found["quartiles"][1]
+    assert [found["ratio"], *found["quartiles"]] == [2.0] * 3  # however fast the machine was
     assert module.training is False
+
+
+def test_the_bare_model_is_timed_beside_it(
+    trained: tuple[FineTuner, TextDataModule, L.Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[list[str]] = []
+    monkeypatch.setattr(latency, "merge", _refuse)
+    monkeypatch.setattr(
+        latency, "_seconds", lambda model, *_: timed.append([n for n, _ in injected_modules(model)]) or 1.0
+    )
+    latency.measure(*trained, rounds=1)
+    assert all(timed[::2])
+    assert not any(timed[1::2])
 
 
 def test_what_cannot_be_merged_is_timed_as_it_is(
     trained: tuple[FineTuner, TextDataModule, L.Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(module: FineTuner) -> list[str]:
-        raise NotImplementedError
-
-    monkeypatch.setattr(latency, "merge", refuse)
+    monkeypatch.setattr(latency, "merge", _refuse)
     found = latency.measure(*trained, rounds=1)
     assert found["merged"] is False
     assert found["ms"] > 0
@@ -364,5 +384,5 @@ def test_no_name_in_the_picture_meets_another_or_a_dot(count: int) -> None:
 
 
 def test_a_picture_of_runs_without_latency_is_drawn() -> None:
-    found = [{**finished("lora", 0, 0.5), "latency_ms": None}]
+    found = [{**finished("lora", 0, 0.5), "latency_ms": None, "latency_ratio": None}]
     assert picture(found, "data").axes
