@@ -358,7 +358,6 @@ class AdaLoRA(FineTuning):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
-    default_lr: ClassVar[float] = 1e-2  # λ starts at 0 between short vectors: above LoRA's, or it takes long to begin
     layers: ClassVar[tuple[type[Injected], ...]] = (AdaLoRALinear, AdaLoRAConv1D)
 
     def __init__(
@@ -434,6 +433,17 @@ class AdaLoRA(FineTuning):
             assert layer is not None
             plan[name] = Layer(layer, settings, partial(layer.start, module, self._ranks.get(name, self.init_r)))
         return inject_layers(base, plan, "AdaLoRA", saved)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the ranks are final."""
+        return self._allocator is None or self._allocator.step >= self._allocator.schedule.end
+
+    def finish(self, model: nn.Module) -> None:
+        """Remove the triplets that contribute nothing, as a fit does at its end."""
+        for _, layer in injected_modules(find_base(model, self.backbone).root):
+            if isinstance(layer, AdaLoRALayer):
+                prune(layer, alive(layer))
 
     # ---------------------------------------------------------------------------------- in PEFT's files
 

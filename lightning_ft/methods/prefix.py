@@ -237,7 +237,6 @@ class PrefixTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
-    default_lr: ClassVar[float] = 3e-2
     layers: ClassVar[tuple[type[Injected], ...]] = (PrefixLayer, ProjectedPrefix, PrefixAttention)
     inside: ClassVar[str] = "base_model."
 

@@ -391,7 +391,6 @@ class PromptTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    default_lr: ClassVar[float] = 3e-2
     layers: ClassVar[tuple[type[Injected], ...]] = (PromptLayer, PromptAttention)
     inside: ClassVar[str] = "base_model."
 
@@ -482,7 +481,6 @@ class PTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "P_TUNING"
-    default_lr: ClassVar[float] = 3e-3
     layers: ClassVar[tuple[type[Injected], ...]] = (MLPPrompt, LSTMPrompt, EncodedPromptAttention)
     inside: ClassVar[str] = PromptTuning.inside
 
