@@ -11,15 +11,25 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    BloomConfig,
+    BloomModel,
+    DebertaV2Config,
+    DebertaV2Model,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
     RobertaConfig,
     RobertaForSequenceClassification,
     RobertaModel,
@@ -79,6 +89,37 @@ def llama_lm(**more: Any) -> LlamaForCausalLM:
     """With grouped-query attention: two heads share their keys and values."""
     grouped = {"num_key_value_heads": 1, "max_position_embeddings": 32, "eos_token_id": None}
     return seeded(LlamaForCausalLM, small(LlamaConfig, **{**LLAMA, **grouped, **more}))
+
+
+def mistral_lm(**more: Any) -> MistralForCausalLM:
+    """With a window of four tokens."""
+    sizes = {**LLAMA, "num_key_value_heads": 1, "max_position_embeddings": 32, "sliding_window": 4}
+    return seeded(MistralForCausalLM, small(MistralConfig, **{**sizes, "eos_token_id": None, **more}))
+
+
+def gemma3_lm(**more: Any) -> Gemma3ForCausalLM:
+    """With a window of four tokens in one of its two layers."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+    sizes = {**LLAMA, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32, **kinds}
+    return seeded(Gemma3ForCausalLM, small(Gemma3TextConfig, **{**sizes, "eos_token_id": None, **more}))
+
+
+def bloom(**more: Any) -> BloomModel:
+    """Biases by distance, and no positions."""
+    return seeded(BloomModel, small(BloomConfig, **{"hidden_size": 16, "n_layer": 2, "n_head": 2, **more}))
+
+
+def deberta(**more: Any) -> DebertaV2Model:
+    """Biases by distance, and no positions."""
+    biases = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+    return seeded(DebertaV2Model, small(DebertaV2Config, **{**BERT, **biases, **more}))
+
+
+def modernbert(**more: Any) -> ModernBertModel:
+    """With a window of two tokens on either side in one of its two layers."""
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+    kinds = {"global_attn_every_n_layers": 2, "local_attention": 4}
+    return seeded(ModernBertModel, small(ModernBertConfig, **{**LLAMA, **kinds, **special, **more}))
 
 
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}

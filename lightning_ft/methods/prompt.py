@@ -10,9 +10,9 @@ is a plain prompt, and as such it is saved.
 
 The prompt goes in where the trunk embeds, and its positions come off the trunk's outputs again, so that heads,
 labels, losses and pooling see the user's tokens and no others: [CLS] is still the first, and a language model learns to
-continue the text alone (in PEFT the last virtual token predicts the first token too). Padding counts for nothing on
-either side. With an encoder-decoder the prompt stands before the encoder's input, and the decoder attends to it, as in
-the paper and in PEFT.
+continue the text alone (in PEFT the last virtual token predicts the first token too). What pads there are before a text
+stay before the prompt, so that padding on either side counts for as little as in the bare model. With an encoder-decoder
+the prompt stands before the encoder's input, and the decoder attends to it, as in the paper and in PEFT.
 """
 
 from __future__ import annotations
@@ -83,56 +83,70 @@ class SoftPrompt(Injected):
 
         Raises:
             ValueError: if prompt and tokens are more than the model has positions for; for a mask that isn't (batch,
-                tokens), a static cache, padding on the left where the model takes no position ids, or a cache
-                that can't be told to begin with the prompt.
+                tokens), a static cache, or a cache that can't be told to hold the prompt.
         """
-        settings = self.prompt_settings
-        inputs = settings.trunk.bound(args, kwargs)
+        trunk = self.prompt_settings.trunk
+        inputs = trunk.bound(args, kwargs)
         return_dict = inputs.pop("return_dict", None)
-        tokens = self._put_prompt_first(inputs)
+        tokens = trunk.tokens(inputs).shape[1]
+        own = self._put_prompt_in(inputs, tokens)
         out = super().forward(**inputs, return_dict=True)  # type: ignore[misc]
-        if settings.trunk.decoder is None:
-            self._take_prompt_off(out, tokens)
+        if trunk.decoder is None:
+            self._take_prompt_out(out, own, tokens)
         return out.to_tuple() if not (self.config.return_dict if return_dict is None else return_dict) else out
 
-    def _put_prompt_first(self, inputs: dict[str, Any]) -> int:
-        """Change what the trunk is called with, and return the number of the user's tokens in it."""
+    def _put_prompt_in(self, inputs: dict[str, Any], tokens: int) -> Tensor:
+        """Change what the trunk is called with.
+
+        Returns:
+            The places of the user's tokens, those in the cache too, in what it then sees: (batch or 1, all tokens).
+        """
         n, trunk = self.prompt_settings.num_virtual_tokens, self.prompt_settings.trunk
-        given = trunk.tokens(inputs)
-        embeds = self.get_input_embeddings()(given) if inputs.pop("input_ids", None) is not None else given
-        inputs["inputs_embeds"] = embeds
-        batch, tokens = embeds.shape[:2]
+        embeds = trunk.tokens(inputs)
+        if inputs.pop("input_ids", None) is not None:
+            embeds = self.get_input_embeddings()(embeds)
         past, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
         cached = past.get_seq_length() if past is not None else 0
         before = cached - n if cached else None
-        _check(inputs, trunk, tokens, before)
-        trunk.check_length((before or 0) + tokens, n)
+        seen = (before or 0) + tokens
+        _check(inputs, tokens, before)
+        trunk.check_length(seen, n)
 
+        inputs["inputs_embeds"] = embeds
         if "position_ids" in trunk.arguments:
-            positions = trunk.positions(inputs, tokens, before or 0, shift=n)
-            if before is None:
-                first = torch.arange(n, device=embeds.device) + trunk.first_position
-                positions = torch.cat([first.expand(*positions.shape[:-1], n), positions], dim=-1)
-            inputs["position_ids"] = positions
+            inputs["position_ids"] = trunk.positions(inputs, tokens, before or 0, shift=n)
+        pads = _padding_before(mask) if mask is not None else torch.zeros(1, 1, dtype=torch.long, device=embeds.device)
         if mask is not None:
             inputs["attention_mask"] = _with_ones(mask, n)
         if before is None:
-            prompt = self.soft_prompt().to(embeds.dtype).expand(batch, -1, -1)
-            inputs["inputs_embeds"] = torch.cat([prompt, embeds], dim=1)
-            types = inputs.get("token_type_ids")
-            if types is not None:
-                inputs["token_type_ids"] = torch.cat([types.new_zeros(len(types), n), types], dim=1)
-        return tokens
+            order = _behind_padding(pads, n, tokens)
+            starts = {
+                "inputs_embeds": self.soft_prompt().to(embeds.dtype),
+                "position_ids": torch.arange(n, device=embeds.device) + trunk.first_position,
+                "token_type_ids": torch.zeros(n, dtype=torch.long, device=embeds.device),
+            }
+            for key, start in starts.items():
+                if inputs.get(key) is not None:
+                    whole = torch.cat([start.expand(len(inputs[key]), *start.shape), inputs[key]], dim=1)
+                    inputs[key] = _take(whole, order)
+        at = torch.arange(seen, device=embeds.device)
+        return torch.where(at < pads, at, at + n)
 
-    def _take_prompt_off(self, out: Any, tokens: int) -> None:
-        n = self.prompt_settings.num_virtual_tokens
-        out["last_hidden_state"] = out["last_hidden_state"][:, -tokens:]
+    def _take_prompt_out(self, out: Any, own: Tensor, tokens: int) -> None:
+        def states(x: Tensor, dim: int = 1) -> Tensor:
+            return x if x.shape[dim] == tokens else _take(x, own, dim)  # the prompt was there in the first pass alone
+
+        def weights(x: Tensor) -> Tensor:
+            forgotten = self.prompt_settings.num_virtual_tokens + own.shape[1] - x.shape[3]  # by a sliding window
+            return states(_take(F.pad(x, (forgotten, 0)), own, 3), 2)
+
+        out["last_hidden_state"] = states(out["last_hidden_state"])
         if out.get("hidden_states") is not None:
-            out["hidden_states"] = tuple(h if h is None else h[:, -tokens:] for h in out["hidden_states"])
+            out["hidden_states"] = tuple(h if h is None else states(h) for h in out["hidden_states"])
         if out.get("attentions") is not None:
-            out["attentions"] = tuple(a[..., -tokens:, n:] for a in out["attentions"])
+            out["attentions"] = tuple(map(weights, out["attentions"]))
         if out.get("cross_attentions") is not None:
-            out["cross_attentions"] = tuple(a[..., -tokens:, :] for a in out["cross_attentions"])
+            out["cross_attentions"] = tuple(states(a, 2) for a in out["cross_attentions"])
         if out.get("pooler_output") is not None:
             out["pooler_output"] = self.pooler(out["last_hidden_state"])
 
@@ -241,7 +255,7 @@ def _start_mlp(*sizes: int) -> dict[str, Tensor]:
 
 
 class PromptAttention(Injected):
-    """A decoder that attends to the prompt, which its encoder's outputs begin with: its mask must cover it."""
+    """A decoder that attends to the prompt too, which its encoder's outputs hold: its mask must cover it."""
 
     method = "PROMPT_TUNING"
     acts_on = "inputs"
@@ -264,16 +278,35 @@ class EncodedPromptAttention(PromptAttention):
     method = "P_TUNING"
 
 
+def _padding_before(mask: Tensor) -> Tensor:
+    """How many pads each row begins with: (batch, 1)."""
+    return (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+
+
+def _behind_padding(pads: Tensor, n: int, tokens: int) -> Tensor:
+    """The places in [prompt; pads; text] of what is to be [pads; prompt; text]: (batch or 1, n + tokens)."""
+    # A window, or biases by distance, would tell whether pads stand between the prompt and its text.
+    at = torch.arange(n + tokens, device=pads.device)
+    return torch.where(at < pads, at + n, torch.where(at < pads + n, at - pads, at))
+
+
+def _take(x: Tensor, places: Tensor, dim: int = 1) -> Tensor:
+    """What of each row of ``x`` stands along ``dim`` at its ``places`` (batch or 1, places)."""
+    shape = [1] * x.ndim
+    shape[0], shape[dim] = places.shape
+    return torch.take_along_dim(x, places.view(shape), dim)
+
+
 def _with_ones(mask: Tensor, n: int) -> Tensor:
-    return torch.cat([mask.new_ones(len(mask), n), mask], dim=1)
+    whole = torch.cat([mask.new_ones(len(mask), n), mask], dim=1)
+    return _take(whole, _behind_padding(_padding_before(mask), n, mask.shape[1]))
 
 
-def _check(inputs: Mapping[str, Any], trunk: Trunk, tokens: int, before: int | None) -> None:
+def _check(inputs: Mapping[str, Any], tokens: int, before: int | None) -> None:
     """Refuse what would go wrong unsaid.
 
     Args:
         inputs: what the trunk is called with.
-        trunk: the facts about it.
         tokens: how many tokens come in.
         before: how many of the user's the cache holds, with the prompt before them; None if it is empty.
     """
@@ -294,10 +327,10 @@ def _check(inputs: Mapping[str, Any], trunk: Trunk, tokens: int, before: int | N
         )
     if mask is None and positions is not None and before is None and bool((positions.diff() <= 0).any()):
         raise ValueError("The position ids tell of texts packed in a row; the prompt would go before the first.")
-    if mask is not None and "position_ids" not in trunk.arguments and not mask[:, 0].all():
+    if before is not None and mask is not None and bool((_padding_before(mask) > before).any()):
         raise ValueError(
-            "Padding on the left would stand between the prompt and the text, and this model takes no position_ids"
-            " that could make up for it: pad on the right (tokenizer.padding_side)."
+            "Of a row the cache holds padding alone, and the prompt behind it, where more padding comes: let the"
+            " first pass reach the text (no prefill_chunk_size shorter than the padding), or pad on the right."
         )
 
 
