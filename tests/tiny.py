@@ -8,6 +8,8 @@ import torch
 from foreign import BERT, VOCABULARY, small
 from torch import Tensor
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -23,6 +25,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -30,6 +34,8 @@ from transformers import (
     MistralForCausalLM,
     ModernBertConfig,
     ModernBertModel,
+    OPTConfig,
+    OPTForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     RobertaModel,
@@ -102,6 +108,27 @@ def gemma3_lm(**more: Any) -> Gemma3ForCausalLM:
     kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
     sizes = {**LLAMA, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32, **kinds}
     return seeded(Gemma3ForCausalLM, small(Gemma3TextConfig, **{**sizes, "eos_token_id": None, **more}))
+
+
+def gpt_neox(**more: Any) -> GPTNeoXForCausalLM:
+    sizes = {**LLAMA, "max_position_embeddings": 32, "eos_token_id": None}
+    return seeded(GPTNeoXForCausalLM, small(GPTNeoXConfig, **{**sizes, **more}))
+
+
+def opt(init_std: float = 0.4, **more: Any) -> OPTForCausalLM:
+    """Its head calls the decoder past the trunk."""
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    rest = {"ffn_dim": 32, "max_position_embeddings": 32, "eos_token_id": None, "dropout": 0.0, "init_std": init_std}
+    return seeded(OPTForCausalLM, small(OPTConfig, **{**sizes, **rest, **more}))
+
+
+def bart(**more: Any) -> BartForConditionalGeneration:
+    """Four layers over two; its decoder takes no position ids."""
+    both = {"layers": 4, "attention_heads": 2, "ffn_dim": 32}
+    sizes = {f"{half}_{key}": value for half in ("encoder", "decoder") for key, value in both.items()}
+    rest = {"d_model": 16, "decoder_layers": 2, "max_position_embeddings": 32, "dropout": 0.0, "init_std": 0.4}
+    tokens = {"decoder_start_token_id": 2, "forced_eos_token_id": None}
+    return seeded(BartForConditionalGeneration, small(BartConfig, **{**sizes, **rest, **tokens, **more}))
 
 
 def bloom(**more: Any) -> BloomModel:

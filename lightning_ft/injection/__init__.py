@@ -32,7 +32,7 @@ from lightning_ft.injection.targets import (
     match_names,
     resolve_targets,
 )
-from lightning_ft.injection.trunk import Trunk, find_trunk
+from lightning_ft.injection.trunk import Trunk, VirtualTokens, find_trunk, trunk_at
 
 __all__ = [
     "Base",
@@ -40,6 +40,7 @@ __all__ = [
     "InjectionError",
     "Layer",
     "Trunk",
+    "VirtualTokens",
     "all_or_nothing",
     "attach",
     "bring_back",
@@ -63,6 +64,7 @@ __all__ = [
     "remembering",
     "resolve_targets",
     "thaw",
+    "trunk_at",
     "twin",
     "unfreeze",
 ]

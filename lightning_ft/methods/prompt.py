@@ -10,9 +10,9 @@ is a plain prompt, and as such it is saved.
 
 The prompt goes in where the trunk embeds, and its positions come off the trunk's outputs again, so that heads,
 labels, losses and pooling see the user's tokens and no others: [CLS] is still the first, and a language model learns to
-continue the text alone (in PEFT the last virtual token predicts the first token too). What pads there are before a text
-stay before the prompt, so that padding on either side counts for as little as in the bare model. With an encoder-decoder
-the prompt stands before the encoder's input, and the decoder attends to it, as in the paper and in PEFT.
+continue the text alone (in PEFT the last virtual token predicts the first token too). Pads before a text stay before
+the prompt, so that padding on either side counts for as little as in the bare model. With an encoder-decoder the prompt
+stands before the encoder's input, and the decoder attends to it, as in the paper and in PEFT.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
@@ -34,7 +33,7 @@ from lightning_ft.injection import (
     Injected,
     InjectionError,
     Layer,
-    Trunk,
+    VirtualTokens,
     find_base,
     find_trunk,
     inject_layers,
@@ -47,26 +46,13 @@ PromptEncoder = Literal["MLP", "LSTM"]
 # ---------------------------------------------------------------------------------------------- the maths
 
 
-@dataclass(frozen=True)
-class PromptSettings:
-    """How many virtual tokens there are, and what of the trunk their layer needs to know."""
-
-    num_virtual_tokens: int
-    trunk: Trunk
-    encoder_hidden_size: int | None = None
-
-    def __str__(self) -> str:
-        width = "" if self.encoder_hidden_size is None else f", encoder_hidden_size={self.encoder_hidden_size}"
-        return f"(num_virtual_tokens={self.num_virtual_tokens}{width})"
-
-
 class SoftPrompt(Injected):
     """A trunk that encodes ``[prompt; X]`` and gives what it made of X."""
 
     acts_on = "inputs"
     slot = "prompt_settings"
 
-    prompt_settings: PromptSettings
+    prompt_settings: VirtualTokens
     config: Any
     pooler: Callable[[Tensor], Tensor]
     get_input_embeddings: Callable[[], nn.Embedding]
@@ -262,7 +248,7 @@ class PromptAttention(Injected):
     slot = "prompt_settings"
     adds: ClassVar[Mapping[str, str]] = {}
 
-    prompt_settings: PromptSettings
+    prompt_settings: VirtualTokens
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's own outputs."""
@@ -612,7 +598,7 @@ def inject_prompt(
             f"{name}: {type(module).__name__} pools its first position by itself, which would be the prompt's. Build"
             " it with add_pooling_layer=False, or use another method."
         )
-    settings = PromptSettings(num_virtual_tokens, trunk, encoder_hidden_size)
+    settings = VirtualTokens(num_virtual_tokens, trunk, encoder_hidden_size)
     plan = {trunk.name: Layer(layer, settings, partial(start, module))}
     if trunk.decoder is not None:
         plan[trunk.decoder] = Layer(attention, settings, dict)

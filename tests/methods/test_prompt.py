@@ -52,6 +52,7 @@ each_attention = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 GENERATORS: dict[str, Callable[..., Any]] = {
     "gpt2": partial(tiny.gpt2, n_positions=32, **SHARP),
     "llama": partial(tiny.llama_lm, **SHARP),
+    "opt": tiny.opt,
     "mistral": partial(tiny.mistral_lm, **SHARP),
     "gemma3": partial(tiny.gemma3_lm, **SHARP),
     "t5": tiny.t5,
@@ -381,7 +382,7 @@ def test_one_prompt_at_a_time() -> None:
 
 # ------------------------------------------------------------------------------------- agreement with PEFT
 
-TASKS = {"gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
+TASKS = {"gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "opt": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
 each_task = pytest.mark.parametrize("name", TASKS)
 
 
