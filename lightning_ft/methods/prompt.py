@@ -400,7 +400,7 @@ class PromptTuning(FineTuning):
             (``"RANDOM"``), from a text (``"TEXT"``), or from the names of the classes, each the mean of its tokens'
             embeddings, and random tokens after them (``"CLASS_NAMES"``).
         prompt_tuning_init_text: the text; its tokens are repeated or cut to the prompt's length.
-        class_names: the names.
+        class_names: the names; one by itself is a list of one.
         tokenizer_name_or_path: splits text and names into tokens; by default the model's own.
         modules_to_save, backbone: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
@@ -419,7 +419,7 @@ class PromptTuning(FineTuning):
         num_virtual_tokens: int = 20,
         prompt_tuning_init: PromptInit = "SAMPLE_VOCAB",
         prompt_tuning_init_text: str | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: str | Sequence[str] | None = None,
         tokenizer_name_or_path: str | None = None,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
@@ -429,6 +429,7 @@ class PromptTuning(FineTuning):
         if prompt_tuning_init not in get_args(PromptInit):
             known = ", ".join(get_args(PromptInit))
             raise ValueError(f"PromptTuning: prompt_tuning_init must be one of {known}, not {prompt_tuning_init!r}.")
+        class_names = [class_names] if isinstance(class_names, str) and class_names else class_names
         given = {"prompt_tuning_init_text": prompt_tuning_init_text, "class_names": class_names}
         wants = {"TEXT": "prompt_tuning_init_text", "CLASS_NAMES": "class_names"}
         for init, argument in wants.items():

@@ -227,6 +227,7 @@ def test_a_prompt_starts_from_class_names_and_random_tokens(tiny_bert_dir: str) 
     rows = model.get_input_embeddings().weight
     names = ["very good", "bad"]
     PromptTuning(4, "CLASS_NAMES", class_names=names, tokenizer_name_or_path=tiny_bert_dir).inject(model)
+    assert PromptTuning(4, "CLASS_NAMES", class_names="bad").class_names == ["bad"]
     for i, name in enumerate(names):
         ids = tokenizer.convert_tokens_to_ids(name.split())
         close(prompts(model)[i], rows[ids].mean(dim=0))
