@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_ft.callbacks.checkpoint_io import METADATA, complete_checkpoint
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.files import peft
-from lightning_ft.files.card import Facts
+from lightning_ft.files.card import Facts, pools_prompt
 from lightning_ft.files.state import StateError, frozen_keys, trained_state
 from lightning_ft.injection import (
     Base,
@@ -144,6 +144,11 @@ def make_room(model: nn.Module, directory: str | Path, backbone: str | None = No
         # A method may come back as another: P-tuning as the prompt that it computed.
         places = _places(model, base, tensors, [type(method) for method in methods], directory)
     _warn_of_new_heads(base, {id(place) for _, place, _ in places}, directory)
+    if pools_prompt(config) and "revision" in config:  # which we don't write
+        rank_zero_warn(
+            f"'{directory}' is stock PEFT's: its classifier was trained to pool virtual tokens or padding, and here it"
+            " pools the text, so that predictions differ. Train it on here."
+        )
     return places
 
 

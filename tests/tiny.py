@@ -24,6 +24,7 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -82,6 +83,11 @@ def electra(**more: Any) -> ElectraModel:
 def gpt2(**more: Any) -> GPT2LMHeadModel:
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
     return seeded(GPT2LMHeadModel, small(GPT2Config, **{**sizes, **more}))
+
+
+def gpt2_classifier(**more: Any) -> GPT2ForSequenceClassification:
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    return seeded(GPT2ForSequenceClassification, small(GPT2Config, **{**sizes, **more}))
 
 
 LLAMA = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -429,7 +429,7 @@ class PromptTuning(FineTuning):
         if prompt_tuning_init not in get_args(PromptInit):
             known = ", ".join(get_args(PromptInit))
             raise ValueError(f"PromptTuning: prompt_tuning_init must be one of {known}, not {prompt_tuning_init!r}.")
-        class_names = [class_names] if isinstance(class_names, str) and class_names else class_names
+        class_names = [class_names] if isinstance(class_names, str) else class_names
         given = {"prompt_tuning_init_text": prompt_tuning_init_text, "class_names": class_names}
         wants = {"TEXT": "prompt_tuning_init_text", "CLASS_NAMES": "class_names"}
         for init, argument in wants.items():

@@ -476,6 +476,24 @@ def test_stock_peft_makes_the_same_states_of_ours(method: Any, build: Callable[.
     close(fresh(**ask).to_tuple(), ours.to_tuple())
 
 
+@pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PromptEncoderConfig])
+@pytest.mark.parametrize("build", [tiny.bert_classifier, tiny.gpt2_classifier])
+@torch.no_grad()
+def test_a_classifier_of_stock_pefts_pools_otherwise_which_is_said(
+    config: Any, build: Callable[..., Any], tmp_path: Path
+) -> None:
+    theirs = peft.get_peft_model(build(**SHARP), config(task_type="SEQ_CLS", num_virtual_tokens=N)).eval()
+    theirs.save_pretrained(tmp_path)
+    model = build(**SHARP)
+    with pytest.warns(UserWarning, match="was trained to pool virtual tokens or padding, and here it pools the text"):
+        load_adapter(model, tmp_path)
+    ids, mask = padded("right")
+    ours, stocks = (m(input_ids=ids, attention_mask=mask).logits for m in (model, theirs))
+    assert not torch.allclose(ours, stocks, atol=1e-2)
+    save_adapter(model, tmp_path / "ours")
+    load_adapter(build(**SHARP), tmp_path / "ours")  # and of ours nothing need be said
+
+
 def test_a_loaded_p_tuning_is_a_prompt_that_trains_on(tmp_path: Path) -> None:
     module = make(BertInInit)
     trainer(PTuning(N), max_epochs=1).fit(module)
