@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import logging
@@ -12,6 +13,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,11 +123,14 @@ TEXTS = ["the screen is very very good but awful", "good", "hate it", "很好", 
 """The last one is longer than the tiny BERT reads."""
 
 
-def predicted(run: Path, scratch: Path) -> torch.Tensor:
+@functools.cache
+def predicted(run: Path) -> torch.Tensor:
     """What ``lightning-ft predict`` says of TEXTS: probabilities (texts, labels)."""
-    (scratch / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    succeed("predict", f"run={run}", f"file={scratch}/texts.txt", f"out={scratch}/predictions.jsonl")
-    lines = (scratch / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    with tempfile.TemporaryDirectory() as folder:
+        texts, out = Path(folder) / "texts.txt", Path(folder) / "predictions.jsonl"
+        texts.write_text("\n".join(TEXTS), encoding="utf-8")
+        succeed("predict", f"run={run}", f"file={texts}", f"out={out}")
+        lines = out.read_text(encoding="utf-8").splitlines()
     return torch.tensor([list(json.loads(line)["probabilities"].values()) for line in lines])
 
 

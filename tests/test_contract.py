@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import json
@@ -66,6 +67,7 @@ METHODS: dict[str, FineTuning] = {
 """A method by the name of its config, with settings for a tiny model."""
 
 each_method = pytest.mark.parametrize("name", METHODS)
+"""For what needs a training; what doesn't is quick, and held in one test by all of them."""
 
 
 def those_that(hold: Callable[[FineTuning], bool]) -> pytest.MarkDecorator:
@@ -84,16 +86,33 @@ def method(name: str) -> FineTuning:
     return copy.copy(METHODS[name])
 
 
-def fitted(name: str, epochs: int = 3, **more: Any) -> BertInInit:
+def injected(name: str) -> BertInInit:
     module = make(BertInInit)
-    trainer(method(name), max_epochs=epochs).fit(module, **more)
+    method(name).inject(module)
     return module
+
+
+@functools.cache
+def trained(name: str) -> BertInInit:
+    module = make(BertInInit)
+    trainer(method(name), max_epochs=3).fit(module)
+    module.trainer = None
+    return module
+
+
+def fitted(name: str) -> BertInInit:
+    """A module after three epochs, to do with as one likes."""
+    return copy.deepcopy(trained(name))
 
 
 def output(module: Any) -> Tensor:
     module.eval()
     with torch.no_grad():
         return module.outputs(module.example())
+
+
+def training(module: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def state(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -105,14 +124,14 @@ def test_every_method_is_under_contract() -> None:
     assert {path.stem for path in (conf_dir() / "method").glob("*.yaml")} == set(METHODS)
 
 
-@each_method
-def test_the_config_is_a_constructor_call(name: str) -> None:
+def test_every_config_is_a_constructor_call() -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose("train", [f"method={name}"]).method
-    assert type(instantiate(config, _convert_="all")) is type(METHODS[name])
-    # as lightning-hydra-template and others pass their callbacks
-    passed = instantiate({"_target_": "builtins.dict"}, callbacks=[METHODS[name]])["callbacks"][0]
-    assert passed is METHODS[name]
+        configs = {name: compose("train", [f"method={name}"]).method for name in METHODS}
+    for name, ours in METHODS.items():
+        config = configs[name]
+        assert type(instantiate(config, _convert_="all")) is type(ours), name
+        # as lightning-hydra-template and others pass their callbacks
+        assert instantiate({"_target_": "builtins.dict"}, callbacks=[ours])["callbacks"][0] is ours, name
 
 
 @pytest.mark.parametrize(
@@ -139,31 +158,39 @@ def test_the_share_that_trains_of_bert_base_is_as_published(method: FineTuning, 
     assert least <= trained / total <= most
 
 
-@each_method
-def test_arguments_are_kept_under_their_own_names_as_plain_values(name: str) -> None:
-    arguments = METHODS[name].record()["arguments"]
-    assert set(arguments) == set(inspect.signature(type(METHODS[name])).parameters)
-    again = type(METHODS[name])(**json.loads(json.dumps(arguments)))
-    assert again.record() == METHODS[name].record()
+def test_arguments_are_kept_under_their_own_names_as_plain_values() -> None:
+    for name, ours in METHODS.items():
+        arguments = ours.record()["arguments"]
+        assert set(arguments) == set(inspect.signature(type(ours)).parameters), name
+        assert type(ours)(**json.loads(json.dumps(arguments))).record() == ours.record(), name
 
 
-@those_that(lambda method: not acts_on_inputs(method))
-def test_at_the_start_outputs_are_the_bases(name: str) -> None:
-    module = make(BertInInit)
-    before = output(module)
-    method(name).inject(module)
-    assert torch.equal(output(module), before)
+def test_at_the_start_outputs_are_the_bases() -> None:
+    before = output(make(BertInInit))
+    for name, ours in METHODS.items():
+        assert acts_on_inputs(ours) != torch.equal(output(injected(name)), before), name
 
 
-@each_method
-def test_injecting_twice_is_injecting_once(name: str) -> None:
-    module = make(BertInInit)
-    first = method(name).inject(module)
-    trained = {n for n, p in module.named_parameters() if p.requires_grad}
-    before = state(module)
-    assert method(name).inject(module) == first
-    assert {n for n, p in module.named_parameters() if p.requires_grad} == trained
-    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+def test_injecting_twice_is_injecting_once() -> None:
+    for name in METHODS:
+        module = make(BertInInit)
+        first = method(name).inject(module)
+        trains, before = training(module), state(module)
+        assert method(name).inject(module) == first, name
+        assert training(module) == trains, name
+        assert all(torch.equal(before[key], value) for key, value in module.state_dict().items()), name
+
+
+def test_the_base_keeps_its_classes_weights_signatures_and_keys() -> None:
+    original = make(BertInInit)
+    for name in METHODS:
+        module = injected(name)
+        for (path, ours), (_, theirs) in zip(module.named_modules(), original.named_modules(), strict=True):
+            assert isinstance(ours, type(theirs)), (name, path)
+            assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
+            assert getattr(ours, "weight", None) is None or torch.equal(ours.weight, theirs.weight)  # type: ignore[arg-type]
+        result = module.load_state_dict(original.state_dict(), strict=False)
+        assert (set(result.missing_keys), result.unexpected_keys) == (injected_names(module), []), name
 
 
 @each_method
@@ -190,7 +217,7 @@ def test_resume_is_exact_and_the_checkpoint_has_only_what_trains(name: str, tmp_
     torch.manual_seed(5)
     fit(resumed, ckpt_path=path)
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
-    assert set(saved) == {n for n, p in whole.named_parameters() if p.requires_grad} | injected_names(whole)
+    assert set(saved) == training(whole) | injected_names(whole)
 
 
 @each_method
@@ -201,9 +228,7 @@ def test_load_from_checkpoint_restores_the_module(name: str, tmp_path: Path) -> 
     torch.manual_seed(7)
     loaded = lightning_ft.load_from_checkpoint(BertInInit, tmp_path / "x.ckpt")
     assert torch.equal(output(loaded), output(module))
-    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
-        n for n, p in module.named_parameters() if p.requires_grad
-    }
+    assert training(loaded) == training(module)
 
 
 @each_method
@@ -232,7 +257,7 @@ def test_merging_keeps_the_outputs_and_gives_the_tree_back(name: str) -> None:
 
 @those_that(lambda method: bool(method.layers) and acts_on_weights_alone(method))
 def test_a_reversible_merge_is_undone_to_the_bit_and_training_goes_on(name: str) -> None:
-    module, untouched = fitted(name, epochs=1), fitted(name, epochs=1)
+    module, untouched = fitted(name), fitted(name)
     outputs, parameters = output(module), list(module.parameters())
     merged = lightning_ft.merge(module.model, reversible=True)
     assert list(module.state_dict()) == list(make(BertInInit).state_dict())
@@ -254,38 +279,32 @@ def test_a_reversible_merge_is_undone_to_the_bit_and_training_goes_on(name: str)
         lightning_ft.unmerge(module)
 
 
-@those_that(lambda method: not acts_on_weights_alone(method))
-def test_a_merge_that_cannot_be_is_refused_and_changes_nothing(name: str) -> None:
-    module = fitted(name)
-    before, outputs = state(module), output(module)
-    with pytest.raises(NotImplementedError, match="can't be merged"):
-        lightning_ft.merge(module)
-    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
-    assert torch.equal(output(module), outputs)
+def test_a_merge_that_cannot_be_is_refused_and_changes_nothing() -> None:
+    for module in (fitted(name) for name, method in METHODS.items() if not acts_on_weights_alone(method)):
+        before, outputs = state(module), output(module)
+        with pytest.raises(NotImplementedError, match="can't be merged"):
+            lightning_ft.merge(module)
+        assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+        assert torch.equal(output(module), outputs)
 
 
-@each_method
-def test_a_module_can_be_copied_and_pickled(name: str) -> None:
-    module = fitted(name, epochs=1)
-    for again in (copy.deepcopy(module.model), pickle.loads(pickle.dumps(module.model))):
-        assert [type(m) for m in again.modules()] == [type(m) for m in module.model.modules()]
-        assert all(torch.equal(v, again.state_dict()[k]) for k, v in module.model.state_dict().items())
-        assert {n for n, p in again.named_parameters() if p.requires_grad} == {
-            n for n, p in module.model.named_parameters() if p.requires_grad
-        }
+def test_a_model_can_be_copied_and_pickled() -> None:
+    for model in (trained(name).model for name in METHODS):
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+            assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+            assert training(again) == training(model)
 
 
-@each_method
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_what_is_injected_stays_fp32_under_every_precision(name: str, precision: str) -> None:
-    module = make(BertInInit)
-    trainer(method(name), max_epochs=1, precision=precision).fit(module)
-    added = injected_names(module)
-    dtypes = {tensor.dtype for key, tensor in module.state_dict().items() if key in added}
-    assert dtypes == ({torch.float32} if added else set())
-    if precision == "bf16-true":
-        assert {p.dtype for n, p in module.named_parameters() if n not in added} == {torch.bfloat16}
-    assert module.outputs(module.example()).isfinite().all()
+def test_what_is_injected_stays_fp32_under_every_precision() -> None:
+    precisions = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
+    for name, (precision, of_base) in itertools.product(METHODS, precisions.items()):
+        module = make(BertInInit)
+        trainer(method(name), max_epochs=1, precision=precision).fit(module)
+        added = injected_names(module)
+        assert {p.dtype for n, p in module.state_dict().items() if n in added} <= {torch.float32}, name
+        assert {p.dtype for n, p in module.named_parameters() if n not in added} == {of_base}, name
+        assert module.outputs(module.example()).isfinite().all(), name
 
 
 COMMON = {*dir(Injected), *inspect.get_annotations(Injected), "forward"}
@@ -304,35 +323,15 @@ def test_methods_that_share_a_module_share_no_names() -> None:
 
 
 @each_method
-def test_classes_weights_and_signatures_are_as_they_were(name: str) -> None:
-    original, module = make(BertInInit), make(BertInInit)
-    method(name).inject(module)
-    for (path, ours), (_, theirs) in zip(module.named_modules(), original.named_modules(), strict=True):
-        assert isinstance(ours, type(theirs)), path
-        assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
-        assert getattr(ours, "weight", None) is None or torch.equal(ours.weight, theirs.weight)  # type: ignore[arg-type]
-
-
-@each_method
-def test_a_bare_models_checkpoint_loads_before_and_after(name: str) -> None:
-    bare, module = make(BertInInit).state_dict(), make(BertInInit)
-    method(name).inject(module)
-    result = module.load_state_dict(bare, strict=False)
-    assert not result.unexpected_keys
-    assert set(result.missing_keys) == injected_names(module)
-
-
-@each_method
 def test_gradient_checkpointing_keeps_the_gradients(name: str) -> None:
     def gradients(module: BertInInit, outputs: Any) -> dict[str, Tensor]:
         module.zero_grad()
         outputs(input_ids=module.example()).logits.square().sum().backward()
         return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
 
-    module = fitted(name, epochs=1)
-    module.train()
+    module = fitted(name).train()
     plain = gradients(module, module.model)
-    assert set(plain) == {n for n, p in module.named_parameters() if p.requires_grad}
+    assert set(plain) == training(module)
     module.model.activation_checkpointing_enable()
     module.model.enable_input_require_grads()
     again = gradients(module, module.model)

@@ -18,7 +18,7 @@ def run_of(tiny_bert_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Call
     def run(method: str) -> Path:
         folder = home / "runs" / method
         if not folder.exists():
-            fast = [f"method={method}", "optimizer.lr=0.02", "trainer.max_epochs=8", "test_before=true"]
+            fast = [f"method={method}", "optimizer.lr=0.02", "trainer.max_epochs=3", "test_before=true"]
             succeed(*tiny_run(tiny_bert_dir, data, *fast, f"hydra.run.dir={folder}"), cwd=home)
         return folder
 

@@ -55,11 +55,11 @@ def test_the_help_of_train_lists_every_group_with_its_choices() -> None:
         assert f"{group}: {', '.join(choices(group))}\n" in out
 
 
-@pytest.mark.parametrize("name", [name for name in APPS if name not in ("train", "compare")])
-def test_the_help_of_the_small_apps_is_of_their_own_options(name: str) -> None:
-    out = succeed(name, "--help")
-    assert "run: ???" in out
-    assert "method:" not in out
+def test_the_help_of_the_small_apps_is_of_their_own_options() -> None:
+    for name in [name for name in APPS if name not in ("train", "compare")]:
+        out = succeed(name, "--help")
+        assert "run: ???" in out
+        assert "method:" not in out
 
 
 def test_version() -> None:
@@ -123,12 +123,11 @@ def reaching(argument: str) -> Any:
     return OmegaConf.create({"value": value}).value
 
 
-@pytest.mark.parametrize("typed", TYPED)
-def test_what_is_typed_as_a_text_is_taken_as_it_is(typed: str) -> None:
-    assert reaching(f"text={typed}") == typed
+def test_what_is_typed_as_a_text_is_taken_as_it_is() -> None:
+    assert [reaching(f"text={typed}") for typed in TYPED] == TYPED
 
 
-@pytest.mark.parametrize("key", ["text", "file", "run", "out", "data.path", "model.name"])
+@pytest.mark.parametrize("key", ["text", "data.path"])
 def test_random_texts_and_paths_come_through_hydras_grammar_unchanged(key: str) -> None:
     generator = random.Random(0)
     alphabet = "\\\\''\"\"[](){},,==: $a好#%?*~@\t\n" if key != "text" else "\\\\\\''\"[](){}$$${{,=: a好\n"
@@ -152,8 +151,8 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return texts
 
 
-@pytest.mark.parametrize("typed", ['\'tis (a, b) [c] = {d}: "e"', "很好，${5} \\", "50"])
-def test_what_is_typed_as_a_text_is_what_the_app_gets(typed: str, heard: list[object]) -> None:
+def test_what_is_typed_as_a_text_is_what_the_app_gets(heard: list[object]) -> None:
+    typed = '\'tis (a, b) [c] = {d}: "e", 很好，${5} \\'
     with pytest.raises(InterruptedError):
         call("predict", "run=x", f"text={typed}")
     assert heard == [typed]
@@ -168,6 +167,8 @@ def test_a_list_of_texts_is_a_list(heard: list[object]) -> None:
 def test_lists_null_and_other_keys_are_hydras() -> None:
     for argument in ("text=[a,b]", "text=null", "text=", "seed=0,1", "method=lora", "--help", "+text=a,b"):
         assert _quote(argument) == argument
+    for key in ("file", "run", "out", "data.path", "model.name"):
+        assert reaching(f"{key}=it's (a, b)") == "it's (a, b)"
 
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -175,15 +176,11 @@ def test_lists_null_and_other_keys_are_hydras() -> None:
 
 NOT_COMPOSED: dict[str, list[str]] = {
     "method=lroa": ["method/lroa", *choices("method")],
-    "precision=bf61": ["precision/bf61", *choices("precision")],
-    "nothing=lora": ["no option 'nothing'", "method", "trainer"],
     "methd=lora": ["no option 'methd'", "method", "trainer", "Did you mean 'method'?"],
     "method.drop_out=0.1": ["no option 'method.drop_out'", "alpha", "r,", "Did you mean 'dropout'?"],
     "metod.r=4": ["no option 'metod'", "Did you mean 'method'?"],
     "trainer.max_time=1": ["no option 'trainer.max_time'", "lightning.Trainer", "+trainer.max_time=..."],
-    "trainer.strategy=ddp": ["no option 'trainer.strategy'", "+trainer.strategy=..."],
     "data=file": ["'data.path' has no value: give data.path=..."],
-    "model=hub": ["'model.name' has no value: give model.name=..."],
     "seed": ["'seed' can't be read"],
     "method.r=[1": ["'method.r=[1' can't be read"],
 }
@@ -191,38 +188,34 @@ NOT_COMPOSED: dict[str, list[str]] = {
 
 NOT_RUN: dict[str, list[str]] = {
     "method.r=0": ["LoRA: r must be a whole number of at least 1, not 0"],
-    "method.r=many": ["LoRA: r must be", "'many'"],
-    "method.dropout=1.5": ["dropout must be a number in [0, 1), not 1.5"],
     "method.target_modules=nowhere": ["nowhere"],
     "+method.rank=4": ["LoRA", "rank"],
     "layer_decay=2": ["layer_decay must be above 0 and at most 1, not 2"],
     "scheduler.warmup=-1": ["warmup", "-1"],
     "task.class_weights=[1]": ["class_weights must be 3 numbers"],
-    "task.label_smoothing=1": ["label_smoothing must be in [0, 1), not 1"],
     "trainer.precision=bf61": ["bf61"],
     "data.path=revews.csv": ["There is no file 'revews.csv'", "Did you mean reviews.csv?"],
     "data.path=bundled:nothing": ["'nothing'", "reviews_en", "reviews_zh"],
     "data.path=one_label.csv": ["only one label"],
     "data.text=body": ["no column 'body'", "text, label", "data.text=..."],
-    "data.label=lable": ["no column 'lable'", "data.label=...", "Did you mean label?"],
     "model.name=no/such-model": ["'no/such-model' can't be loaded", "isn't a local folder", "config.json"],
 }
 """What a run can't be made of, and what the message says."""
 
 
-@pytest.mark.parametrize("argument", NOT_COMPOSED)
-def test_what_cannot_be_composed_is_said_in_a_message(argument: str) -> None:
-    message = call("train", argument).message
-    assert all(part in message for part in NOT_COMPOSED[argument]), message
+def test_what_cannot_be_composed_is_said_in_a_message() -> None:
+    for argument in NOT_COMPOSED:
+        message = call("train", argument).message
+        assert all(part in message for part in NOT_COMPOSED[argument]), message
 
 
-@pytest.mark.parametrize("argument", NOT_RUN)
-def test_what_cannot_be_run_is_said_in_a_message(argument: str, tiny_bert_dir: str, tmp_path: Path) -> None:
-    data = write_csv(tmp_path / "reviews.csv", reviews(30, seed=0))
-    write_csv(tmp_path / "one_label.csv", [("good", "good")] * 20)
-    message = call(*tiny_run(tiny_bert_dir, data, argument)).message
-    assert all(part in message for part in NOT_RUN[argument]), message
-    assert len(message.splitlines()) <= 3
+def test_what_cannot_be_run_is_said_in_a_message(tiny_bert_dir: str, tmp_path: Path) -> None:
+    for argument in NOT_RUN:
+        data = write_csv(tmp_path / "reviews.csv", reviews(30, seed=0))
+        write_csv(tmp_path / "one_label.csv", [("good", "good")] * 20)
+        message = call(*tiny_run(tiny_bert_dir, data, argument)).message
+        assert all(part in message for part in NOT_RUN[argument]), message
+        assert len(message.splitlines()) <= 3
 
 
 def test_a_run_that_is_missing_is_asked_for() -> None:
@@ -230,13 +223,12 @@ def test_a_run_that_is_missing_is_asked_for() -> None:
     assert call("evaluate").message.startswith("'run' has no value: give run=...")
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("a fault"), KeyError("a fault"), ValueError("a fault")])
-def test_a_fault_of_the_program_keeps_its_traceback(fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(config: object) -> None:
-        raise fault
+        raise ValueError("a fault")
 
     monkeypatch.setattr(build, "datamodule", fail)
-    with pytest.raises(type(fault), match="a fault"):
+    with pytest.raises(ValueError, match="a fault"):
         call("train")
 
 
@@ -264,11 +256,8 @@ def test_an_interruption_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "interrupted" in answer.err
 
 
-@pytest.mark.parametrize("kind", [RequestError, DataError, InjectionError, StateError, RateError, ModelNotFoundError])
-def test_what_the_package_raises_on_purpose_is_a_message(kind: type[Exception]) -> None:
-    assert explain(kind("do this")) == "do this"
-
-
-@pytest.mark.parametrize("kind", [ValueError, RuntimeError, OSError, TypeError, KeyError])
-def test_what_anything_else_raises_is_a_fault(kind: type[Exception]) -> None:
-    assert explain(kind("a fault")) is None
+def test_what_the_package_raises_on_purpose_is_a_message_and_anything_else_a_fault() -> None:
+    for on_purpose in (RequestError, DataError, InjectionError, StateError, RateError, ModelNotFoundError):
+        assert explain(on_purpose("do this")) == "do this"
+    for fault in (ValueError, RuntimeError, OSError, TypeError, KeyError):
+        assert explain(fault("a fault")) is None

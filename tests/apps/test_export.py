@@ -42,9 +42,9 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
 
 
-def test_every_methods_export_loads_and_predicts_the_same(each_run: Path, tmp_path: Path) -> None:
+def test_every_methods_export_loads_and_predicts_the_same(each_run: Path) -> None:
     folder = exported(each_run)
-    wanted = predicted(each_run, tmp_path)
+    wanted = predicted(each_run)
     ours = base_of(each_run)
     lightning_ft.load_adapter(ours, folder)
     torch.testing.assert_close(probabilities(ours, folder), wanted, atol=1e-5, rtol=0)
@@ -53,10 +53,10 @@ def test_every_methods_export_loads_and_predicts_the_same(each_run: Path, tmp_pa
         torch.testing.assert_close(probabilities(stock, folder), wanted, atol=1e-5, rtol=0)
 
 
-def test_stock_peft_finds_the_base_by_itself(lora_run: Path, tmp_path: Path) -> None:
+def test_stock_peft_finds_the_base_by_itself(lora_run: Path) -> None:
     folder = exported(lora_run)
     model = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=len(LABELS))
-    torch.testing.assert_close(probabilities(model, folder), predicted(lora_run, tmp_path), atol=1e-5, rtol=0)
+    torch.testing.assert_close(probabilities(model, folder), predicted(lora_run), atol=1e-5, rtol=0)
 
 
 def test_it_is_the_runs_adapter_with_the_tokenizer(lora_run: Path, tiny_bert_dir: str) -> None:
@@ -74,7 +74,7 @@ def test_the_tokenizer_cuts_where_the_run_did(lora_run: Path, tmp_path: Path) ->
     runs.save_config(run, config, list(LABELS))
     folder = exported(run)
     model = peft.PeftModel.from_pretrained(base_of(run), folder)
-    torch.testing.assert_close(probabilities(model, folder), predicted(run, tmp_path), atol=1e-5, rtol=0)
+    torch.testing.assert_close(probabilities(model, folder), predicted(run), atol=1e-5, rtol=0)
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 9
 
 
@@ -100,7 +100,7 @@ def test_the_card_tells_what_the_run_knows(lora_run: Path) -> None:
     for told in (
         "# LoRA over `tiny_bert", f"| `macro F1` | {before:.4f} | {after:.4f} |", "- r: 8\n",
         f"{results['trained']:,} of {results['parameters']:,} (", "- data: `reviews.csv`",
-        "- rows: `84 train`, `12 validation`, `24 test`", "- labels: `bad`, `good`, `mixed`", "- epochs: 8\n",
+        "- rows: `84 train`, `12 validation`, `24 test`", "- labels: `bad`, `good`, `mixed`", "- epochs: 3\n",
         f"- steps: {results['steps']}\n", "- learning rate: 0.02\n", "- batch size: 16\n", "- precision: `32-true`",
         "- seed: 0\n", f"- torch: `{results['versions']['torch']}`", "PeftModel",
     ):  # fmt: skip

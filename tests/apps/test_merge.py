@@ -31,7 +31,7 @@ def test_a_merged_run_is_served_without_lightning_ft(lora_run: Path, tmp_path: P
     answer = python("-c", SERVE, tmp_path / "merged", json.dumps(TEXTS), cwd=tmp_path, PYTHONPATH="")
     assert answer.returncode == 0, answer.stderr
     rows = [[row[label] for label in LABELS] for row in json.loads(answer.stdout.splitlines()[-1])]
-    torch.testing.assert_close(torch.tensor(rows), predicted(lora_run, tmp_path), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(rows), predicted(lora_run), atol=1e-5, rtol=0)
 
 
 def test_every_method_is_merged_or_says_why_not(each_run: Path, tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_every_method_is_merged_or_says_why_not(each_run: Path, tmp_path: Path) 
     assert answer.status == 0, answer.err
     model = AutoModelForSequenceClassification.from_pretrained("merged")
     assert not any(isinstance(module, Injected) for module in model.modules())
-    torch.testing.assert_close(probabilities(model, Path("merged")), predicted(each_run, tmp_path), atol=1e-5, rtol=0)
+    torch.testing.assert_close(probabilities(model, Path("merged")), predicted(each_run), atol=1e-5, rtol=0)
     assert model.config.id2label == dict(enumerate(LABELS))
     assert model.config.label2id == {label: i for i, label in enumerate(LABELS)}
 

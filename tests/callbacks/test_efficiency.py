@@ -97,8 +97,7 @@ def test_share_is_what_trains_of_all(clock: Clock) -> None:
     assert epochs[-1]["cost/trained_share"] == pytest.approx(trained / (frozen + trained))
 
 
-@pytest.mark.parametrize("options", [{}, {"val_check_interval": 1}, {"num_sanity_val_steps": 0}], ids=str)
-@pytest.mark.parametrize("rows", [4, 10])
+@pytest.mark.parametrize(("rows", "options"), [(4, {}), (10, {"val_check_interval": 1})], ids=str)
 def test_throughput_is_samples_over_the_time_of_training_alone(
     clock: Clock, rows: int, options: dict[str, Any]
 ) -> None:
@@ -144,10 +143,10 @@ BATCHES: dict[str, Callable[[list[Any]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("collate", BATCHES.values(), ids=BATCHES)
-def test_samples_are_counted_in_any_batch(clock: Clock, collate: Callable[[list[Any]], Any]) -> None:
-    _, epochs = fit(clock, rows=10, collate=collate)
-    assert epochs[0]["cost/samples_per_second"] == pytest.approx(10 / (3 * TRAIN_SECONDS))
+def test_samples_are_counted_in_any_batch(clock: Clock) -> None:
+    for collate in BATCHES.values():
+        _, epochs = fit(clock, rows=10, collate=collate)
+        assert epochs[0]["cost/samples_per_second"] == pytest.approx(10 / (3 * TRAIN_SECONDS))
 
 
 def test_batch_of_an_unknown_kind_does_not_stop_the_training(clock: Clock) -> None:

@@ -64,10 +64,11 @@ def one_cycle(optimizer: Any) -> dict[str, Any]:
     return {"scheduler": OneCycleLR(optimizer, max_lr=0.1, total_steps=20), "interval": "step"}
 
 
-@pytest.mark.parametrize(
-    "schedule", [lambda optimizer: LambdaLR(optimizer, lambda step: 0.9**step), one_cycle], ids=["lambda", "onecycle"]
-)
-@pytest.mark.parametrize("of", ["head", "all", "groups"])
+def decaying(optimizer: Any) -> LambdaLR:
+    return LambdaLR(optimizer, lambda step: 0.9**step)
+
+
+@pytest.mark.parametrize(("of", "schedule"), [("head", decaying), ("all", one_cycle), ("groups", decaying)])
 def test_the_users_optimizer_trains_what_was_injected_and_holds_nothing_frozen(of: str, schedule: Any) -> None:
     class Module(Small):
         def configure_optimizers(self) -> Any:
@@ -195,10 +196,12 @@ HOOKS = ("setup", "configure_model")
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [Small, InSetup, InConfigureModel, InSetupBesideConfigureModel, InConfigureModelBesideSetup, OnTheInstance],
+    ("kind", "fails"),
+    [
+        *((kind, False) for kind in (Small, InSetupBesideConfigureModel, InConfigureModelBesideSetup)),
+        *((kind, True) for kind in (InSetup, InConfigureModel, OnTheInstance)),
+    ],
 )
-@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
 def test_injection_comes_before_the_optimizers_and_hooks_are_given_back(kind: type[Classifier], fails: bool) -> None:
     module = make(kind)
     own = {hook: vars(module)[hook] for hook in HOOKS if hook in vars(module)}
@@ -245,8 +248,7 @@ def test_two_methods_of_one_kind_and_different_settings_are_an_error() -> None:
         trainer(lora(), lora(r=4)).fit(make(Small))
 
 
-@pytest.mark.parametrize("one", [True, False], ids=["the same", "equal"])
-@pytest.mark.parametrize("kind", [Small, InSetup])
+@pytest.mark.parametrize(("kind", "one"), [(Small, True), (InSetup, False)], ids=["the same", "equal"])
 def test_the_same_method_twice_is_the_method_once(kind: type[Classifier], one: bool, tmp_path: Path) -> None:
     def fit(*methods: LoRA) -> tuple[L.Trainer, Classifier]:
         module, run = make(kind), trainer(*methods)
@@ -395,8 +397,7 @@ IN_EVAL = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start 
 
 
 @IN_EVAL
-@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+@pytest.mark.parametrize(("mode", "fails"), [(True, False), (False, False), (False, True)], ids=str)
 def test_frozen_norms_stay_put_and_every_mode_is_given_back(mode: bool, fails: bool) -> None:
     module = make(Normed)
     module.encoder.train(mode)
@@ -582,14 +583,13 @@ def test_a_frozen_batchnorm_stays_put_in_a_fit_that_resumes_within_an_epoch(tmp_
     assert all(torch.equal(module.body.state_dict()[key], value) for key, value in before.items())
 
 
-@pytest.mark.parametrize("method", [HeadOnly(), FullFineTuning()])
-def test_another_method_over_an_injected_one_is_an_error(method: FineTuning) -> None:
+def test_full_fine_tuning_over_an_injected_method_is_an_error() -> None:
     module = make(BertInInit)
     LoRA(r=2).inject(module)
     with pytest.raises(InjectionError, match=r"carries LORA.*Merge it first"):
-        method.inject(module)
+        FullFineTuning().inject(module)
     lightning_ft.merge(module)
-    method.inject(module)
+    FullFineTuning().inject(module)
 
 
 def test_a_refused_injection_changes_nothing() -> None:

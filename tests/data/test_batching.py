@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from lightning_ft.data.batching import LengthBucketedSampler
 
-SIZES = [(0, 4), (1, 4), (3, 4), (4, 4), (5, 4), (64, 8), (65, 8), (71, 8), (200, 16), (7, 1)]
+SIZES = [(1, 4), (4, 4), (65, 8), (200, 16), (7, 1)]
+"""Rows, and the size of a batch."""
 
 
 def random_lengths(rows: int) -> list[int]:
@@ -24,13 +27,12 @@ def padding(order: list[int], lengths: list[int], batch_size: int) -> int:
     return sum(max(lengths[i] for i in batch) - lengths[j] for batch in cut for j in batch)
 
 
-@pytest.mark.parametrize("seed", [None, 0, 7])
-@pytest.mark.parametrize("bucket_batches", [1, 3, 100])
-@pytest.mark.parametrize(("rows", "batch_size"), SIZES)
-def test_order_is_a_permutation(rows: int, batch_size: int, bucket_batches: int, seed: int | None) -> None:
-    sampler = LengthBucketedSampler(random_lengths(rows), batch_size, seed, bucket_batches)
-    assert sorted(sampler) == list(range(rows))
-    assert len(sampler) == rows
+@pytest.mark.parametrize("seed", [None, 7])
+def test_order_is_a_permutation(seed: int | None) -> None:
+    for (rows, batch_size), bucket_batches in itertools.product([(0, 4), *SIZES], [1, 3, 100]):
+        sampler = LengthBucketedSampler(random_lengths(rows), batch_size, seed, bucket_batches)
+        assert sorted(sampler) == list(range(rows))
+        assert len(sampler) == rows
 
 
 def test_order_differs_by_epoch_and_seed_and_by_nothing_else() -> None:
@@ -51,19 +53,10 @@ def test_order_leaves_torchs_own_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("rows", "batch_size"), SIZES[1:])
-def test_in_one_bucket_each_batch_is_a_slice_of_all_sorted_lengths(rows: int, batch_size: int) -> None:
-    lengths = random_lengths(rows)
-    order = list(LengthBucketedSampler(lengths, batch_size, bucket_batches=1_000))
-    found = sorted(sorted(lengths[i] for i in batch) for batch in batches(order, batch_size))
-    expected = [sorted(part) for part in batches(sorted(lengths, reverse=True), batch_size)]
-    assert found == sorted(expected)
-
-
-@pytest.mark.parametrize(("rows", "batch_size"), SIZES[1:])
-@pytest.mark.parametrize("epoch", [0, 2])
-def test_each_batch_is_a_slice_of_one_sorted_bucket(rows: int, batch_size: int, epoch: int) -> None:
-    lengths, bucket_batches, seed = random_lengths(rows), 3, 11
+@pytest.mark.parametrize("bucket_batches", [3, 1_000], ids=["several buckets", "one bucket"])
+@pytest.mark.parametrize(("rows", "batch_size"), SIZES)
+def test_each_batch_is_a_slice_of_one_sorted_bucket(rows: int, batch_size: int, bucket_batches: int) -> None:
+    lengths, epoch, seed = random_lengths(rows), 2, 11
     sampler = LengthBucketedSampler(lengths, batch_size, seed, bucket_batches)
     sampler.set_epoch(epoch)
     # The documented first step: shuffle all rows, cut them into buckets.
@@ -84,9 +77,8 @@ def test_batches_of_like_length_are_shuffled_among_themselves() -> None:
     assert longest != sorted(longest, reverse=True)
 
 
-@pytest.mark.parametrize("bucket_batches", [4, 32])
-def test_padding_is_less_than_in_a_random_order(bucket_batches: int) -> None:
-    rows, batch_size = 512, 16
+def test_padding_is_less_than_in_a_random_order() -> None:
+    rows, batch_size, bucket_batches = 512, 16, 4
     lengths = random_lengths(rows)
     for epoch in range(3):
         sampler = LengthBucketedSampler(lengths, batch_size, bucket_batches=bucket_batches)

@@ -104,8 +104,9 @@ def test_folder_and_mapping_give_the_splits_by_any_of_their_names(tmp_path: Path
         }
 
 
-@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8-sig"])
+@pytest.mark.parametrize(
+    ("ending", "encoding"), [(".csv", "latin-1"), (".csv", "utf-8-sig"), (".jsonl", "utf-16"), (".jsonl", "utf-8-sig")]
+)
 def test_other_encodings_are_read_when_named(tmp_path: Path, ending: str, encoding: str) -> None:
     file = tmp_path / f"reviews{ending}"
     rows = [{"text": "schön und gut", "label": "good"}, {"text": "café fermé", "label": "bad"}]
@@ -113,8 +114,7 @@ def test_other_encodings_are_read_when_named(tmp_path: Path, ending: str, encodi
     assert read(file, encoding)["train"].to_list() == rows
 
 
-@pytest.mark.parametrize("ending", [".csv", ".tsv"])
-@pytest.mark.parametrize("column", ["text", "label"])
+@pytest.mark.parametrize(("ending", "column"), [(".csv", "text"), (".tsv", "label")])
 def test_words_that_look_like_nothing_remain_text(tmp_path: Path, ending: str, column: str) -> None:
     words = ["NA", "None", "null", "nan", "N/A", "NULL", "n/a", "NaN"]
     other = {"text": "label", "label": "text"}[column]
@@ -139,13 +139,7 @@ CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
     "wrong ending": ("notes.txt", b"some words", ["notes.txt", "ending", ".csv, .tsv, .jsonl"]),
     "empty file": ("empty.csv", b"", ["empty.csv", "empty"]),
     "malformed CSV": ("bad.csv", b"text,label\na,1\nb,c,d,1\n", ["bad.csv", "CSV", "line 3"]),
-    "malformed JSONL": ("bad.jsonl", b'{"text": "a", "label": 1}\n{"text": "b",\n', ["bad.jsonl", "JSON"]),
     "malformed Parquet": ("bad.parquet", b"no parquet, this", ["bad.parquet", "PARQUET"]),
-    "latin-1 CSV": (
-        "old.csv",
-        "text,label\nschön,1\n".encode("latin-1"),
-        ["old.csv", "utf-8", "data.encoding="],
-    ),
     "no text column": (
         "a.csv",
         b"txt,label\na,1\n",
@@ -172,7 +166,6 @@ CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
         b"text,label\na,1\nb,\nc,0\n",
         ["a.csv", "row 2", "no label", "'label'", "Fill or"],
     ),
-    "short line": ("a.csv", b"text,label\na,1\nb,0\nc\n", ["a.csv", "row 3", "no label"]),
     "null label": (
         "a.jsonl",
         b'{"text": "a", "label": "x"}\n{"text": "b", "label": null}',
@@ -239,10 +232,9 @@ def test_missing_file_in_a_missing_folder_is_named(tmp_path: Path) -> None:
         read(tmp_path / "nowhere" / "a.csv")
 
 
-@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
-def test_unknown_encoding_is_named_with_known_ones(tmp_path: Path, ending: str) -> None:
-    file = tmp_path / f"a{ending}"
-    WRITERS[ending](file, [{"text": "schön", "label": "x"}])
+def test_unknown_encoding_is_named_with_known_ones(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    write_csv(file, [{"text": "schön", "label": "x"}])
     with pytest.raises(DataError, match=r"'utf-99'.*latin-1"):
         read(file, "utf-99")
 
@@ -350,8 +342,10 @@ def split_texts(splits: dict[str, Dataset]) -> dict[str, list[str]]:
     return {split: list(rows["text"]) for split, rows in splits.items()}
 
 
-@pytest.mark.parametrize("counts", [{"a": 60, "b": 40}, {"a": 97, "b": 31, "c": 12}, {"a": 500, "b": 11}])
-@pytest.mark.parametrize(("validation", "test"), [(0.1, 0.2), (0.25, 0.25), (0.2, 0.1)])
+@pytest.mark.parametrize(
+    ("counts", "validation", "test"),
+    [({"a": 60, "b": 40}, 0.25, 0.25), ({"a": 97, "b": 31, "c": 12}, 0.1, 0.2), ({"a": 500, "b": 11}, 0.2, 0.1)],
+)
 def test_splits_are_disjoint_complete_and_stratified(counts: dict[str, int], validation: float, test: float) -> None:
     rows = rows_of([label for label, count in counts.items() for _ in range(count)])
     splits = complete({"train": rows}, "label", validation, test, 0, "source")
@@ -395,10 +389,10 @@ def test_given_splits_are_taken_as_given(given: tuple[str, ...]) -> None:
     assert sorted(chain(*carved)) == sorted(splits["train"]["text"])
 
 
-@pytest.mark.parametrize("labels", [["a"] * 30 + ["b"], ["a", "b"], ["a"] * 8 + ["b"] * 2], ids=len)
-def test_too_few_rows_of_a_label_to_split_are_named(labels: list[str]) -> None:
-    with pytest.raises(DataError, match=r"source: too few rows.*label '[ab]'.*Add rows, or give the splits"):
-        complete({"train": rows_of(labels)}, "label", 0.1, 0.2, 0, "source")
+def test_too_few_rows_of_a_label_to_split_are_named() -> None:
+    for labels in [["a"] * 30 + ["b"], ["a", "b"]]:
+        with pytest.raises(DataError, match=r"source: too few rows.*label '[ab]'.*Add rows, or give the splits"):
+            complete({"train": rows_of(labels)}, "label", 0.1, 0.2, 0, "source")
 
 
 @pytest.mark.parametrize(("rows", "rare", "validation", "test"), [(20, 3, 0.1, 0.2), (30, 3, 0.5, 0.4)])
@@ -412,7 +406,7 @@ def test_every_split_has_every_label_or_is_refused(rows: int, rare: int, validat
         assert all(set(split["label"]) == {"rare", "often"} for split in splits.values())
 
 
-@pytest.mark.parametrize(("validation", "test"), [(0.0, 0.2), (0.1, 0.0), (-0.1, 0.2), (0.6, 0.4)])
-def test_shares_that_make_no_sense_are_named(validation: float, test: float) -> None:
-    with pytest.raises(DataError, match=f"validation={validation} and test={test}"):
-        complete({"train": rows_of(["a", "b"] * 50)}, "label", validation, test, 0, "source")
+def test_shares_that_make_no_sense_are_named() -> None:
+    for validation, test in [(0.0, 0.2), (0.6, 0.4)]:
+        with pytest.raises(DataError, match=f"validation={validation} and test={test}"):
+            complete({"train": rows_of(["a", "b"] * 50)}, "label", validation, test, 0, "source")

@@ -86,8 +86,9 @@ def tree(model: nn.Module) -> list[Any]:
 # --------------------------------------------------------------------------------------- attach and detach
 
 
-@pytest.mark.parametrize("layer", [lambda: nn.Linear(4, 4), Doubling], ids=["Linear", "subclass"])
-@pytest.mark.parametrize("name", ["0", "2.0"])
+@pytest.mark.parametrize(
+    ("layer", "name"), [(lambda: nn.Linear(4, 4), "0"), (Doubling, "2.0")], ids=["Linear", "subclass"]
+)
 def test_attaching_keeps_what_was_and_detaching_leaves_no_trace(layer: Callable[[], nn.Module], name: str) -> None:
     model = net(layer)
     before, state, plain = tree(model), copy.deepcopy(model.state_dict()), model.get_submodule(name)(X)
@@ -118,8 +119,7 @@ def test_the_forward_of_a_users_subclass_still_runs() -> None:
     assert module.calls == 1
 
 
-@pytest.mark.parametrize("first", [Shift, Scale])
-@pytest.mark.parametrize("removed_first", [Shift, Scale])
+@pytest.mark.parametrize(("first", "removed_first"), [(Shift, Shift), (Shift, Scale), (Scale, Shift)])
 def test_two_methods_stack_and_come_off_in_either_order(first: type[Injected], removed_first: type[Injected]) -> None:
     second = Scale if first is Shift else Shift
     stays = Scale if removed_first is Shift else Shift
@@ -191,12 +191,12 @@ def test_a_forward_that_was_replaced_on_the_instance_is_refused() -> None:
     assert type(model[0]) is nn.Linear
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_sequence_of_changes_keeps_the_tree(seed: int) -> None:
     dice = random.Random(seed)
     model = net(Doubling)
     before, names = tree(model), ["0", "2.0", "2.1"]
-    for _ in range(25):
+    for _ in range(75):
         name, mixin = dice.choice(names), dice.choice([Shift, Scale])
         if dice.random() < 0.6:
             put(model, name, mixin)
@@ -212,12 +212,12 @@ def test_any_sequence_of_changes_keeps_the_tree(seed: int) -> None:
     assert tree(model) == before
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_sequence_of_injecting_and_merging_keeps_tree_and_outputs(seed: int) -> None:
     dice = random.Random(seed)
     model = net().double()
     before, names = tree(model), ["0", "2.0", "2.1"]
-    for _ in range(4):
+    for _ in range(12):
         subset = sorted(dice.sample(names, dice.randint(1, 3)))
         for _ in range(dice.randint(1, 3)):
             assert LoRA(r=2, target_modules="|".join(subset), backbone=".").inject(model) == subset
@@ -274,12 +274,12 @@ def stacked_with_gradients() -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_change_of_dtype_leaves_what_was_added_in_fp32(dtype: torch.dtype) -> None:
     model = stacked_with_gradients()
     gradients = {key: p.grad.clone() for key, p in model[0].named_parameters()}
     parameters = dict(model[0].named_parameters())
-    method = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float64: "double"}[dtype]
+    method = {torch.bfloat16: "bfloat16", torch.float64: "double"}[dtype]
     for cast in (lambda: model.to(dtype), getattr(model, method), lambda: model.to("cpu", dtype)):
         cast()
         for key, p in model[0].named_parameters():
@@ -321,8 +321,7 @@ def encoder() -> nn.TransformerEncoder:
 PADDED = torch.tensor([[False, False, False], [False, False, True]])
 
 
-@pytest.mark.parametrize("padding", [None, PADDED], ids=["whole", "padded"])
-@pytest.mark.parametrize("place", ["in an encoder", "is the encoder"])
+@pytest.mark.parametrize(("place", "padding"), [("in an encoder", PADDED), ("is the encoder", None)], ids=str)
 def test_the_fused_path_is_left_while_injected_and_restored_after(place: str, padding: Tensor | None) -> None:
     encoding = encoder()
     model, prefix = (encoding, "") if place == "is the encoder" else (nn.Sequential(encoding), "0.")

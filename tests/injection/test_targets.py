@@ -70,14 +70,10 @@ def kinds(names: Sequence[str]) -> set[str]:
         (tiny.bert, None, "", ("",)),
         (tiny.bert_classifier, None, "", ("bert",)),
         (lambda: make(BertInInit), None, "model", ("bert",)),
-        (lambda: make(BertInInit), "model", "model", ("bert",)),
         (lambda: make(BertInInit), "model.bert", "model.bert", ("",)),
         (lambda: make(BertInInit), ".", "", ("",)),
-        (tiny.distilbert_classifier, None, "", ("distilbert",)),
         (tiny.gpt2, None, "", ("",)),
-        (lambda: tiny.gpt2(tie_word_embeddings=False), None, "", ("",)),
         (tiny.t5, None, "", ("",)),
-        (lambda: Parts(body=mlp()), "body", "body", ("",)),
         (lambda: Parts(fc=nn.Linear(4, 4)), "fc", "", ("fc",)),
         (lambda: Parts(enc=mlp(), head=nn.Linear(4, 2)), "enc", "enc", ("",)),
         (lambda: Parts(enc=mlp(), head=nn.Linear(4, 2)), "enc.2", "enc", ("2",)),
@@ -94,9 +90,8 @@ def test_the_base_is_found(
     assert base.root is model.get_submodule(root_name)
 
 
-@pytest.mark.parametrize(
-    ("build", "head"),
-    [
+def test_what_is_new_trains_and_what_was_pretrained_does_not() -> None:
+    for build, head in [
         (trunk_in_a_module, {"head"}),
         (tiny.bert_classifier, {"classifier"}),
         (tiny.distilbert_classifier, {"pre_classifier", "classifier"}),
@@ -104,32 +99,23 @@ def test_the_base_is_found(
         (lambda: tiny.gpt2(tie_word_embeddings=False), set()),
         (tiny.t5, set()),
         (lambda: Parts(lm=tiny.bert(), pool=nn.Linear(16, 16), head=nn.Linear(16, 2)), {"pool", "head"}),
-    ],
-)
-def test_what_is_new_trains_and_what_was_pretrained_does_not(build: Callable[[], nn.Module], head: set[str]) -> None:
-    model = build()
-    freeze_base(find_base(model), "X")
-    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == head
+    ]:
+        model = build()
+        freeze_base(find_base(model), "X")
+        assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == head
 
 
-@pytest.mark.parametrize(
-    ("build", "backbone", "says"),
-    [
+def test_an_unclear_base_is_an_error_that_lists_what_there_is() -> None:
+    for build, backbone, says in [
         (lambda: Parts(net=mlp()), None, ["could be net.", 'backbone="net"']),  # whose last layer may be a new head
         (lambda: Parts(enc=mlp(), dec=mlp()), None, ["enc, dec", 'backbone="enc"', 'backbone="."']),
         (lambda: Parts(a=tiny.bert(), b=tiny.gpt2(), c=mlp()), None, ["Parts", "could be a, b.", 'backbone="a"']),
         (lambda: Parts(encoder=mlp(), head=mlp()), "encodr", ["encodr", "Near names: encoder"]),
-        (lambda: Parts(encoder=mlp(), head=mlp()), "xyz", ["xyz", "encoder, head"]),
         (lambda: Parts(act=nn.ReLU()), None, ["Parts", "nothing to fine-tune", "configure_model()"]),
-        (Parts, None, ["nothing to fine-tune"]),
-    ],
-)
-def test_an_unclear_base_is_an_error_that_lists_what_there_is(
-    build: Callable[[], nn.Module], backbone: str | None, says: list[str]
-) -> None:
-    with pytest.raises(InjectionError) as error:
-        find_base(build(), backbone)
-    assert all(part in str(error.value) for part in says), str(error.value)
+    ]:
+        with pytest.raises(InjectionError) as error:
+            find_base(build(), backbone)
+        assert all(part in str(error.value) for part in says), str(error.value)
 
 
 def test_parameters_beside_an_only_child_make_the_base_unclear() -> None:
@@ -189,7 +175,6 @@ LAYER |= {"attention.output.dense", "intermediate.dense", "output.dense"}
         (tiny.bert, LAYER),  # its pooler is read by nobody
         (tiny.bert_classifier, LAYER | {"bert.pooler.dense"}),
         (tiny.gpt2, {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
-        (lambda: tiny.gpt2(tie_word_embeddings=False), {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
         (
             tiny.t5,
             {
@@ -238,25 +223,21 @@ def test_the_default_is_what_is_usual_for_the_architecture(build: Callable[[], n
     assert kinds(targets(build(), None)) == found
 
 
-@pytest.mark.parametrize(
-    ("wanted", "says"),
-    [
+def test_what_matches_nothing_is_an_error_with_near_names() -> None:
+    for wanted, says in [
         (["queri"], "'queri' matches no module. Near names: query"),
-        (["query", "valeu"], "'valeu' matches no module. Near names: value"),
         (["xyzxyz"], "Its modules are named: embeddings, word_embeddings"),
         (r".*\.quer", "matches no module of BertModel. Near names: query"),
-    ],
-)
-def test_what_matches_nothing_is_an_error_with_near_names(wanted: Any, says: str) -> None:
-    with pytest.raises(InjectionError) as error:
-        targets(tiny.bert(), wanted)
-    assert says in str(error.value)
+    ]:
+        with pytest.raises(InjectionError) as error:
+            targets(tiny.bert(), wanted)
+        assert says in str(error.value)
 
 
-@pytest.mark.parametrize(("wanted", "kind"), [(["LayerNorm"], "LayerNorm"), (r"encoder\.layer\.0", "BertLayer")])
-def test_a_kind_that_is_not_supported_is_named(wanted: Any, kind: str) -> None:
-    with pytest.raises(InjectionError, match=rf"can't adapt \({kind}\).*Name the layers inside"):
-        targets(tiny.bert(), wanted)
+def test_a_kind_that_is_not_supported_is_named() -> None:
+    for wanted, kind in [(["LayerNorm"], "LayerNorm"), (r"encoder\.layer\.0", "BertLayer")]:
+        with pytest.raises(InjectionError, match=rf"can't adapt \({kind}\).*Name the layers inside"):
+            targets(tiny.bert(), wanted)
 
 
 def test_what_trains_whole_is_no_target() -> None:
@@ -278,10 +259,8 @@ IN_THE_WILD: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 9},
         {"qa_outputs"},
     ),
-    "DistilBertForMaskedLM": ({"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8, "vocab_size": 9}, set()),
     "ElectraForMaskedLM": ({**SMALL, "embedding_size": 8}, set()),
     "ViTForImageClassification": ({**SMALL, "image_size": 8, "patch_size": 4}, {"classifier"}),
-    "RobertaForSequenceClassification": (SMALL, {"classifier"}),
     "BartForSequenceClassification": (
         {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 9,
          "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "eos_token_id": 1},

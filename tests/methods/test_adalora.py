@@ -12,7 +12,7 @@ import peft
 import pytest
 import tiny
 import torch
-from foreign import MODULES, BertInInit, Classifier, ManualTwoOptimizers, make, trainer, vector_data
+from foreign import CNN, GPT2, MODULES, BertInInit, Classifier, ManualTwoOptimizers, make, trainer, vector_data
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -78,7 +78,7 @@ def outputs(module: Any) -> Tensor:
 
 
 @each_layer
-@pytest.mark.parametrize("rank", [R, 2, 0])
+@pytest.mark.parametrize("rank", [R, 0])
 def test_outputs_gradients_and_merge_are_the_papers_at_every_rank(kind: str, rank: int) -> None:
     model, layer = adapted(kind)
     prune(layer, torch.arange(R) < rank)
@@ -280,7 +280,7 @@ def small(**settings: Any) -> AdaLoRA:
     return AdaLoRA(**{"init_r": 4, "target_r": 2, "target_modules": "all-linear", **settings})
 
 
-@pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [CNN, GPT2, ManualTwoOptimizers])
 def test_one_line_turns_any_module_into_an_adalora_fine_tune(kind: type[Classifier], tmp_path: Path) -> None:
     module, method = make(kind), small(**MODULES[kind])
     run = trainer(method, max_epochs=3)
@@ -314,8 +314,9 @@ def test_the_target_is_reached_at_the_scheduled_optimizer_step(accumulate: int) 
     assert sum(ranks(module)) == last
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("epoch", [0, 1, 2], ids=["before", "while", "after"])
+@pytest.mark.parametrize(
+    ("epoch", "accumulate"), [(0, 1), (1, 1), (1, 4), (2, 1)], ids=["before", "while", "while accumulating", "after"]
+)
 def test_interrupted_and_resumed_is_uninterrupted_to_the_bit(epoch: int, accumulate: int, tmp_path: Path) -> None:
     def fit(**more: Any) -> BertInInit:
         module, method = make(BertInInit), small(tinit=3, tfinal=4, deltaT=1)
@@ -527,7 +528,9 @@ CASES: dict[str, tuple[Callable[[], Any], str, list[str]]] = {
     "gpt2": (tiny.gpt2, "CAUSAL_LM", ["c_attn", "mlp.c_proj"]),
     "t5": (tiny.t5, "SEQ_2_SEQ_LM", ["q", "wo"]),
 }
-each_case = pytest.mark.parametrize("case", CASES)
+each_case = pytest.mark.parametrize(
+    ("case", "pruned"), [("bert classifier", False), ("bert classifier", True), ("gpt2", True), ("t5", True)]
+)
 peft_files = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     # PEFT's own words to its own files: at rank 0, and on every rank_pattern of AdaLoRA.
@@ -561,7 +564,6 @@ def masked(values: list[Tensor]) -> None:
 
 @peft_files
 @each_case
-@pytest.mark.parametrize("pruned", [False, True])
 def test_stock_peft_loads_ours(case: str, pruned: bool, tmp_path: Path) -> None:
     build, _, targets = CASES[case]
     model = build()
@@ -587,7 +589,6 @@ def test_stock_peft_loads_ours(case: str, pruned: bool, tmp_path: Path) -> None:
 
 @peft_files
 @each_case
-@pytest.mark.parametrize("pruned", [False, True])
 def test_ours_loads_stock_pefts_and_writes_the_same(case: str, pruned: bool, tmp_path: Path) -> None:
     build, task, targets = CASES[case]
     config = peft.AdaLoraConfig(
@@ -629,20 +630,22 @@ def test_a_loaded_adapter_trains_on_at_its_ranks(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        *((name, value) for name in ("init_r", "target_r", "deltaT", "total_step") for value in (0, 1.5, "8")),
-        *((name, value) for name in ("tinit", "tfinal") for value in (-1, 0.1)),
-        *((name, value) for name in ("beta1", "beta2") for value in (0, 1, math.nan)),
-        *(("alpha", value) for value in (0, math.nan, "16")),
-        *(("dropout", value) for value in (1, -0.1, "0.1")),
-        *(("orth_reg_weight", value) for value in (-0.1, math.inf, math.nan)),
-    ],
-)
-def test_a_bad_argument_is_an_error_with_its_value(argument: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"AdaLoRA: {argument} must be .*, not {value!r}\."):
-        AdaLoRA(**{argument: value})
+def test_a_bad_argument_is_an_error_with_its_value() -> None:
+    for argument, value in [
+        ("init_r", 0),
+        ("target_r", 1.5),
+        ("deltaT", "8"),
+        ("total_step", 0),
+        ("tinit", -1),
+        ("tfinal", 0.1),
+        ("beta1", 1),
+        ("beta2", math.nan),
+        ("alpha", "16"),
+        ("dropout", 1),
+        ("orth_reg_weight", math.inf),
+    ]:
+        with pytest.raises(ValueError, match=rf"AdaLoRA: {argument} must be .*, not {value!r}\."):
+            AdaLoRA(**{argument: value})
 
 
 def test_a_target_above_the_start_is_an_error() -> None:

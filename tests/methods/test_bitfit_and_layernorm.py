@@ -68,37 +68,31 @@ def test_the_papers_subset_of_biases() -> None:
     assert found == named(pattern, tiny.bert_classifier())
 
 
-@pytest.mark.parametrize(
-    ("method", "pattern"),
-    [
+def test_which_modules_can_be_said() -> None:
+    for method, pattern in [
         (BitFit("all-linear"), r"(query|key|value|dense)\.bias$"),
         (BitFit(exclude_modules=["LayerNorm"]), r"(query|key|value|dense)\.bias$"),
         (BitFit(["key"], modules_to_save=["pooler"]), r"key\.bias$|pooler"),
         (LayerNormTuning(r".*attention.*Norm"), r"attention\.output\.LayerNorm"),
         (LayerNormTuning(exclude_modules=["embeddings.LayerNorm"]), r"output\.LayerNorm"),
         (LayerNormTuning(modules_to_save=["embeddings"]), r"LayerNorm|embeddings\."),
-    ],
-)
-def test_which_modules_can_be_said(method: FineTuning, pattern: str) -> None:
-    assert trained(method, tiny.bert_classifier()) == named(pattern, tiny.bert_classifier())
+    ]:
+        assert trained(method, tiny.bert_classifier()) == named(pattern, tiny.bert_classifier())
 
 
-@pytest.mark.parametrize(
-    ("method", "build", "says"),
-    [
+def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
+    for method, build, says in [
         (BitFit(), tiny.llama, "LlamaModel has no biases that BitFit could train. LayerNormTuning and IA3"),
         (BitFit(), tiny.t5, "T5ForConditionalGeneration has no biases"),  # relative_attention_bias is an embedding
         (BitFit(["word_embeddings"]), tiny.bert, r"can't adapt \(Embedding\)"),
         (BitFit(["qery"]), tiny.bert, "'qery' matches no module. Near names: query"),
         (LayerNormTuning(backbone="."), lambda: nn.Sequential(nn.Linear(2, 2)), "Sequential has no layer, RMS or"),
         (LayerNormTuning(["query"]), tiny.bert, r"can't adapt \(Linear\)"),
-    ],
-)
-def test_what_cannot_be_is_refused_and_changes_nothing(method: FineTuning, build: Any, says: str) -> None:
-    model = build()
-    with pytest.raises(InjectionError, match=says):
-        method.inject(model)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    ]:
+        model = build()
+        with pytest.raises(InjectionError, match=says):
+            method.inject(model)
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

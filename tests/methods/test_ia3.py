@@ -67,9 +67,11 @@ def test_outputs_and_gradients_are_those_of_the_paper(kind: str, side: str) -> N
     torch.testing.assert_close(found[1], wanted[1], atol=1e-12, rtol=1e-12)
 
 
-@each_layer
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("Linear", torch.float32), ("Linear without bias", torch.float64), ("Conv1D", torch.bfloat16)],
+)
 @each_side
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_merging_multiplies_the_weight_and_rounds_once(kind: str, side: str, dtype: torch.dtype) -> None:
     model, layer = adapted(kind, side, dtype)
     weight, l = layer.weight.detach().clone(), layer.ia3_l.detach().flatten()  # noqa: E741
@@ -130,9 +132,7 @@ CASES: dict[str, tuple[Callable[[], Any], str | None, dict[str, Any]]] = {
     "gpt2": (lively(tiny.gpt2), "CAUSAL_LM", {}),
     "t5": (lively(tiny.t5), "SEQ_2_SEQ_LM", {}),
     "llama": (lively(tiny.llama), None, {}),
-    "outputs alone": (lively(tiny.bert_classifier), "SEQ_CLS", {"feedforward_modules": []}),
-    "named": (lively(tiny.bert_classifier), "SEQ_CLS", NAMED),
-    "excluded": (lively(tiny.bert_classifier), "SEQ_CLS", {"exclude_modules": ["attention.output.dense"]}),
+    "named": (lively(tiny.bert_classifier), "SEQ_CLS", {**NAMED, "exclude_modules": ["attention.output.dense"]}),
     "distilbert": (lively(tiny.distilbert_classifier), "SEQ_CLS", DISTILBERT),
 }
 each_case = pytest.mark.parametrize("case", CASES)
@@ -210,22 +210,19 @@ def test_stock_peft_loads_ours_and_ours_loads_stock_pefts(case: str, tmp_path: P
 # ----------------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
+def test_what_cannot_be_is_refused_with_the_cure() -> None:
+    for settings, says in [
         ({}, "Which modules of Sequential are keys.*feedforward_modules"),
         ({"target_modules": ["0"]}, r"feedforward_modules too \(\[\] for none\)"),
         ({"target_modules": ["1"], "feedforward_modules": []}, "can't adapt .Tanh"),
         ({"target_modules": ["0"], "feedforward_modules": ["2"]}, "feedforward_modules: '2' matches no module"),
         ({"target_modules": ["0"], "feedforward_modules": "2"}, "feedforward_modules='2' names none of the targets"),
-    ],
-)
-def test_what_cannot_be_is_refused_with_the_cure(settings: dict[str, Any], says: str) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-    with pytest.raises(InjectionError, match=says):
-        IA3(**settings, backbone=".").inject(model)
-    assert not injected_names(model)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    ]:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        with pytest.raises(InjectionError, match=says):
+            IA3(**settings, backbone=".").inject(model)
+        assert not injected_names(model)
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_second_injection_on_the_other_side_is_an_error() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -40,26 +39,24 @@ def naive_loss(logits: Tensor, labels: Tensor, weights: Sequence[float], smoothi
 # ---------------------------------------------------------------------- the loss
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5], [0.0, 1.0, 3.0]], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", [None, [0.0, 1.0, 3.0]], ids=str)
 def test_loss_is_the_formula(weights: list[float] | None, smoothing: float) -> None:
     logits, labels = logits_and_labels()
     loss = Classification(NAMES, weights, smoothing).loss(logits, labels)
     assert float(loss) == pytest.approx(naive_loss(logits, labels, weights or [1.0] * 3, smoothing), rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_loss_is_computed_in_fp32(dtype: torch.dtype) -> None:
-    logits, labels = logits_and_labels()
+def test_loss_is_computed_in_fp32() -> None:
+    (logits, labels), dtype = logits_and_labels(), torch.bfloat16
     loss = Classification(NAMES).loss(logits.to(dtype), labels)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, F.cross_entropy(logits.to(dtype).float(), labels))
 
 
-@pytest.mark.parametrize("counts", [COUNTS, [1, 1, 1], [3, 1, 500]], ids=str)
-def test_balanced_is_scikit_learns(counts: list[int]) -> None:
-    task = Classification(NAMES, "balanced", label_counts=counts)
-    expected = compute_class_weight("balanced", classes=np.arange(3), y=np.repeat(np.arange(3), counts))
+def test_balanced_is_scikit_learns() -> None:
+    task = Classification(NAMES, "balanced", label_counts=COUNTS)
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=np.repeat(np.arange(3), COUNTS))
     assert task.weight is not None
     assert task.weight.numpy() == pytest.approx(expected)
 
@@ -77,32 +74,21 @@ def test_weights_go_with_the_module_and_not_into_its_state() -> None:
     assert task.to("meta").weight.device.type == "meta"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_what_makes_no_sense_is_refused() -> None:
+    for arguments, message in [
         ({"labels": ["only"]}, "at least two labels.*only"),
-        ({"labels": []}, "at least two labels"),
         ({"class_weights": "balance"}, "'balanced'.*not 'balance'"),
         ({"class_weights": "balanced"}, "label_counts"),
-        ({"class_weights": "balanced", "label_counts": [1, 2]}, "label_counts"),
         ({"class_weights": "balanced", "label_counts": [1, 2, 0]}, "label_counts"),
         ({"class_weights": [1.0, 2.0]}, r"3 numbers.*\[1\.0, 2\.0\]"),
         ({"class_weights": [1.0, 2.0, -1.0]}, "at least 0"),
+        ({"class_weights": [0.0, 0.0, 0.0]}, "not all of them 0"),
         ({"class_weights": {"bad": 1.0, "good": 2.0}}, "the labels are.*fair"),
         ({"class_weights": {"bad": 1.0, "fair": 1.0, "good": 2.0, "odd": 2.0}}, "names.*odd"),
-        ({"label_smoothing": -0.1}, "label_smoothing.*-0.1"),
         ({"label_smoothing": 1.0}, "label_smoothing.*1.0"),
-    ],
-    ids=str,
-)
-def test_what_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Classification(**{"labels": NAMES, **arguments})
-
-
-def test_weights_that_are_all_zero_are_refused() -> None:
-    with pytest.raises(ValueError, match="class_weights"):
-        Classification(NAMES, [0.0, 0.0, 0.0])
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Classification(**{"labels": NAMES, **arguments})
 
 
 # ---------------------------------------------------------------------- the metrics
@@ -117,19 +103,18 @@ SEEN = {
 }
 
 
-def scored(true: list[int], predicted: list[int], stage: str = "test") -> Classification:
+def scored(true: list[int], predicted: list[int]) -> Classification:
     """A task that was shown these in two batches."""
     task = Classification(NAMES)
     for rows in (slice(None, 3), slice(3, None)):
         logits = 5 * F.one_hot(torch.tensor(predicted[rows]), 3) + torch.rand(len(predicted[rows]), 3)
-        task.update(stage, logits, torch.tensor(true[rows]))
+        task.update("test", logits, torch.tensor(true[rows]))
     return task
 
 
-@pytest.mark.parametrize("stage", ["val", "test"])
 @pytest.mark.parametrize("seen", SEEN.values(), ids=SEEN)
-def test_scores_are_scikit_learns(seen: tuple[list[int], list[int]], stage: str) -> None:
-    scores = scored(*seen, stage=stage).scores(stage)
+def test_scores_are_scikit_learns(seen: tuple[list[int], list[int]]) -> None:
+    scores = scored(*seen).scores("test")
     assert set(scores) == {"accuracy", "f1"}
     assert float(scores["accuracy"]) == pytest.approx(accuracy_score(*seen))
     assert float(scores["f1"]) == pytest.approx(f1_score(*seen, average="macro"))
@@ -144,8 +129,8 @@ def test_table_is_scikit_learns(seen: tuple[list[int], list[int]]) -> None:
     assert pytest.approx(np.stack(expected), abs=5e-5) == np.array([row[1:] for row in rows]).T
 
 
-@pytest.mark.parametrize("seen", SEEN.values(), ids=SEEN)
-def test_picture_has_the_counts_as_texts_and_the_names_at_the_axes(seen: tuple[list[int], list[int]]) -> None:
+def test_picture_has_the_counts_as_texts_and_the_names_at_the_axes() -> None:
+    seen = SEEN["one never there"]
     figure = scored(*seen).picture("test")
     axes = figure.axes[0]
     counts = np.zeros((3, 3), dtype=int)
