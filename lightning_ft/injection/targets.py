@@ -192,13 +192,14 @@ def _layer_index(name: str, lists: Sequence[str]) -> re.Match[str] | None:
 
 
 def match_modules(base: Base, modules_to_save: Sequence[str] | None) -> list[str]:
-    """The modules of the root that ``modules_to_save`` names, by path or end of a path.
+    """The modules of the root that ``modules_to_save``, a name or several, names by path or end of a path.
 
     Raises:
         InjectionError: if an entry names nothing.
     """
     names = [name for name, _ in base.root.named_modules() if name]
-    return _match_suffixes(modules_to_save or (), names, "modules_to_save")
+    wanted = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()
+    return _match_suffixes(wanted, names, "modules_to_save")
 
 
 def match_names(patterns: str | Sequence[str], names: Iterable[str], argument: str = "target_modules") -> list[str]:
