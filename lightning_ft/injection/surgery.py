@@ -85,8 +85,8 @@ class Injected:
         return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # `module.to(bfloat16)`, as precision plugins call it, must not touch what is trained: in bf16 an
-        # update of 1e-4 on a weight of 0.05 is lost. Moves between devices are followed.
+        # `module.to(bfloat16)`, as precision plugins call it, must not round what is trained: in bf16 an
+        # update of 1e-4 on a weight of 0.05 is lost. fp64 and moves between devices are followed.
         own = {
             id(tensor)
             for name in _added(type(self))
@@ -94,11 +94,12 @@ class Injected:
             if tensor is not None
         }
 
-        def keep_dtype(tensor: Tensor) -> Tensor:
+        def precisely(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return tensor.to(moved.device) if id(tensor) in own and moved.dtype != tensor.dtype else moved
+            rounds = id(tensor) in own and moved.dtype.itemsize < torch.float32.itemsize
+            return tensor.to(moved.device, torch.float32) if rounds else moved
 
-        return super()._apply(keep_dtype, recurse)  # type: ignore[misc]
+        return super()._apply(precisely, recurse)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The combined class is made at run time: pickle (and deepcopy) its parts instead.
