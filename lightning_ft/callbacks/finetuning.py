@@ -39,6 +39,7 @@ from lightning_ft.injection import (
 
 log = logging.getLogger(__name__)
 
+_AVERAGING = {"WeightAveraging", "StochasticWeightAveraging"}  # Lightning's, of either package
 _BUILDERS = ("setup", "configure_model")  # the hooks in which a module may build itself, in Lightning's order
 
 
@@ -200,9 +201,9 @@ class FineTuning(Callback, ABC):
         return [method for method in methods if method is not self]
 
     def _precede_averaging(self, trainer: Trainer, pl_module: LightningModule, hook: str | None) -> None:
-        """WeightAveraging copies the module in its own setup: it must find the module injected."""
+        """These copy the module in their own setup: they must find the module injected."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        averaging = [c for c in callbacks if any(k.__name__ == "WeightAveraging" for k in type(c).__mro__)]
+        averaging = [c for c in callbacks if _AVERAGING & {kind.__name__ for kind in type(c).__mro__}]
         names = ", ".join(type(neighbour).__name__ for neighbour in averaging)
         if any(callbacks.index(neighbour) < callbacks.index(self) for neighbour in averaging):
             raise InjectionError(
@@ -314,8 +315,8 @@ def _group_for(
 
 
 def _plain(value: Any) -> Any:
-    """Tuples and other sequences as lists: checkpoints load with weights_only=True, which allows no objects."""
-    if isinstance(value, dict):
+    """Lists and dicts for all kinds of them: checkpoints load with weights_only=True, which allows no objects."""
+    if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(item) for item in value]

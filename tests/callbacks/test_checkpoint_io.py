@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from foreign import BertInInit, TrunkInSetup, make, trainer
+from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_ft import FullFineTuning, HeadOnly, LoRA
@@ -17,7 +18,9 @@ from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.files.state import StateError
 
 METHODS: dict[str, Callable[[], FineTuning]] = {
-    "lora": lambda: LoRA(r=2, target_modules=("query", "value"), modules_to_save=["pooler"]),
+    "lora": lambda: LoRA(
+        r=2, target_modules=("query", "value"), modules_to_save=["pooler"], rank_pattern=OmegaConf.create({"query": 3})
+    ),
     "head": HeadOnly,
     "full": FullFineTuning,
 }
@@ -54,6 +57,7 @@ def test_the_record_is_of_plain_values(name: str, weights_only: bool, tmp_path: 
     if name == "lora":
         assert record["arguments"]["target_modules"] == ["query", "value"]
         assert record["arguments"]["modules_to_save"] == ["pooler"]
+        assert record["arguments"]["rank_pattern"] == {"query": 3}
 
     def plain(value: Any) -> bool:
         if isinstance(value, dict):

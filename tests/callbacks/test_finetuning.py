@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foreign import CLASSES, CNN, BertInInit, Classifier, TrunkInSetup, make, trainer, vector_data
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
@@ -269,18 +277,26 @@ def averaging() -> EMAWeightAveraging:
     return EMAWeightAveraging(decay=0.5)
 
 
-@pytest.mark.parametrize("kind", [EMAWeightAveraging, WeightAveraging])
-def test_averaging_before_the_method_is_an_error(kind: type[Callback]) -> None:
-    module = make(Small)
-    with pytest.raises(InjectionError, match=f"{kind.__name__} must come after LoRA"):
-        trainer(kind(), lora()).fit(module)
+each_averaging = pytest.mark.parametrize(
+    "average", [averaging, WeightAveraging, partial(StochasticWeightAveraging, 0.1)], ids=["ema", "mean", "swa"]
+)
+
+
+@each_averaging
+def test_averaging_before_the_method_is_an_error(average: Callable[[], Callback]) -> None:
+    module, before = make(Small), average()
+    with pytest.raises(InjectionError, match=f"{type(before).__name__} must come after LoRA"):
+        trainer(before, lora()).fit(module)
     assert not injected_names(module)
 
 
+@each_averaging
 @pytest.mark.parametrize("kind", [InSetup, InConfigureModel])
-def test_averaging_a_module_that_builds_itself_in_a_hook_is_an_error(kind: type[Classifier]) -> None:
+def test_averaging_a_module_that_builds_itself_in_a_hook_is_an_error(
+    kind: type[Classifier], average: Callable[[], Callback]
+) -> None:
     with pytest.raises(InjectionError, match=r"before its (setup|configure_model)\(\) builds it"):
-        trainer(lora(), averaging()).fit(make(kind))
+        trainer(lora(), average()).fit(make(kind))
 
 
 def test_averages_are_saved_slim_and_resume_exactly(tmp_path: Path) -> None:
