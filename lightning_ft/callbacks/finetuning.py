@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
+from itertools import compress
 from typing import Any, ClassVar, cast
 
 from lightning.fabric.plugins import CheckpointIO
@@ -283,21 +284,24 @@ def _restore_hooks(module: LightningModule) -> None:
 def _cover(module: nn.Module, base: Base, optimizers: Sequence[Optimizer]) -> None:
     """Put every trained parameter of the base into an optimizer, and take its frozen ones out.
 
-    In place: schedulers hold the groups, and ``add_param_group`` after LambdaLR raises since torch 2.13.
+    In place: schedulers hold the groups, and ``add_param_group`` after LambdaLR raises since torch 2.13. An optimizer
+    that was made from ``named_parameters()`` has a list of names beside each of parameters.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     covered = {id(p) for group in groups for p in group["params"]}
-    of_base = {id(p): p for part in base.parts() for p in part.parameters()}
-    missing = [p for key, p in of_base.items() if p.requires_grad and key not in covered]
+    of_base = {id(p) for part in base.parts() for p in part.parameters()}
+    missing = {n: p for n, p in module.named_parameters() if id(p) in of_base - covered and p.requires_grad}
     if missing:
-        _group_for(missing, set(of_base), optimizers, module)["params"].extend(missing)
+        group = _group_for(missing, of_base, optimizers)
+        group["params"].extend(missing.values())
+        group.get("param_names", []).extend(missing)
     for group in groups:
-        group["params"][:] = [p for p in group["params"] if p.requires_grad or id(p) not in of_base]
+        stays = [p.requires_grad or id(p) not in of_base for p in group["params"]]
+        for key in {"params", "param_names"} & set(group):
+            group[key][:] = compress(group[key], stays)
 
 
-def _group_for(
-    missing: list[nn.Parameter], of_base: set[int], optimizers: Sequence[Optimizer], module: nn.Module
-) -> dict[str, Any]:
+def _group_for(missing: Iterable[str], of_base: set[int], optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """The group that the missing parameters join: one that trains the base, or of the only optimizer."""
 
     def groups_of_base(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -306,9 +310,9 @@ def _group_for(
     candidates = [o for o in optimizers if groups_of_base(o)] or list(optimizers)
     if len(candidates) == 1:
         return (groups_of_base(candidates[0]) or candidates[0].param_groups)[0]
-    names = [name for name, p in module.named_parameters() if any(p is m for m in missing)]
+    names = list(missing)
     raise InjectionError(
-        f"{len(missing)} trained parameters ({', '.join(names[:3])}, …) are in none of the {len(optimizers)}"
+        f"{len(names)} trained parameters ({', '.join(names[:3])}, …) are in none of the {len(optimizers)}"
         " optimizers, and which should train them is unclear. Build one in configure_optimizers() from the"
         " parameters of the base or of self, so that it sees what was injected."
     )

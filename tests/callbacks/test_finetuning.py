@@ -75,13 +75,14 @@ def one_cycle(optimizer: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "schedule", [lambda optimizer: LambdaLR(optimizer, lambda step: 0.9**step), one_cycle], ids=["lambda", "onecycle"]
 )
-@pytest.mark.parametrize("of", ["head", "all", "groups"])
+@pytest.mark.parametrize("of", ["head", "all", "named", "groups"])
 def test_the_users_optimizer_trains_what_was_injected_and_holds_nothing_frozen(of: str, schedule: Any) -> None:
     class Module(Small):
         def configure_optimizers(self) -> Any:
             parameters: Any = {
                 "head": lambda: self.head.parameters(),
                 "all": lambda: self.parameters(),
+                "named": lambda: self.named_parameters(),
                 "groups": lambda: [
                     {"params": list(self.head.parameters()), "lr": 0.2},
                     {"params": list(self.encoder.parameters()), "lr": 0.1},
@@ -99,6 +100,8 @@ def test_the_users_optimizer_trains_what_was_injected_and_holds_nothing_frozen(o
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in module.parameters() if p.requires_grad)
     assert moved(module, before) == HEAD | injected_names(module)
+    names = optimizer.param_groups[0].get("param_names", [])
+    assert [id(module.get_parameter(name)) for name in names] == (held if of == "named" else [])
     if of == "groups":
         assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in module.head.parameters()}
 
