@@ -19,7 +19,6 @@ from inspect import signature
 from itertools import compress
 from typing import Any, ClassVar, cast
 
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor, nn
@@ -119,7 +118,7 @@ class FineTuning(Callback, ABC):
         self._neighbours = self._refuse_others(trainer)
         hook = _last_builder(pl_module)
         self._precede_averaging(trainer, pl_module, hook)
-        self._wrap_checkpoint_io(trainer)
+        _wrap_checkpoint_io(trainer)
         if hook is None:
             self._inject(pl_module)
         else:
@@ -190,8 +189,7 @@ class FineTuning(Callback, ABC):
 
     def _refuse_others(self, trainer: Trainer) -> list[FineTuning]:
         """The other methods of this Trainer, if this one goes with them."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        methods = [c for c in callbacks if isinstance(c, FineTuning)]
+        methods = _methods_of(trainer)
         names = [type(method).__name__ for method in methods if method.backbone == self.backbone]
         alone = next((m for m in methods if m.decides_alone and m.backbone == self.backbone), None)
         if alone and len(names) > 1:
@@ -219,17 +217,20 @@ class FineTuning(Callback, ABC):
                     f" miss what {type(self).__name__} trains. Build the model in __init__, or leave it out."
                 ) from error
 
-    def _wrap_checkpoint_io(self, trainer: Trainer) -> None:
-        io: CheckpointIO | None = trainer.strategy.checkpoint_io
-        while isinstance(io, AdapterCheckpointIO):
-            if io.record == self.record:
-                return
-            io = io.inner
+
+def _methods_of(trainer: Trainer) -> list[FineTuning]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, FineTuning)]
+
+
+def _wrap_checkpoint_io(trainer: Trainer) -> None:
+    """Have checkpoints hold what this Trainer's methods train; its callbacks may be exchanged between two fits."""
+    io = trainer.strategy.checkpoint_io
+    if not isinstance(io, AdapterCheckpointIO):
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(
-            trainer.strategy.checkpoint_io,
+            io,
             lambda: trainer.lightning_module,
-            lambda: find_base(trainer.lightning_module, self.backbone),
-            self.record,
+            lambda: [(find_base(trainer.lightning_module, m.backbone), m.record()) for m in _methods_of(trainer)],
         )
 
 
@@ -259,13 +260,14 @@ def _last_builder(module: LightningModule) -> str | None:
 
 
 def _after(module: LightningModule, hook: str, then: Callable[[], None]) -> None:
-    """Have ``then`` run after ``module.<hook>``, by an attribute of the instance.
+    """Have ``then`` run after ``module.<hook>``, once, by an attribute of the instance.
 
     Not ``functools.wraps``: Lightning looks through ``__wrapped__`` to tell whether a hook is overridden.
     """
     original = getattr(module, hook)
 
     def hook_then_inject(*args: Any, **kwargs: Any) -> None:
+        _restore_hooks(module)  # else a copy that is made in the fit would call this, and a pickle can't be made
         original(*args, **kwargs)
         then()
 

@@ -26,7 +26,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 import lightning_ft
-from lightning_ft import FullFineTuning, HeadOnly, InjectionError, LoRA
+from lightning_ft import BitFit, FullFineTuning, HeadOnly, InjectionError, LoRA
 from lightning_ft.callbacks.finetuning import FineTuning, count_parameters, describe
 from lightning_ft.injection import injected_modules, injected_names
 
@@ -211,18 +211,24 @@ HOOKS = ("setup", "configure_model")
 )
 @pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
 def test_injection_comes_before_the_optimizers_and_hooks_are_given_back(kind: type[Classifier], fails: bool) -> None:
-    module = make(kind)
-    own = {hook: vars(module)[hook] for hook in HOOKS if hook in vars(module)}
-    method = lora()
+    class Watch(Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.hooks = hooks(pl_module)  # which copies and pickles of the module have from here on
+
+    def hooks(module: nn.Module) -> dict[str, Any]:
+        return {hook: vars(module)[hook] for hook in HOOKS if hook in vars(module)}
+
+    module, watch = make(kind), Watch()
+    own = hooks(module)
     if fails:
         module.training_step = lambda batch, batch_idx: 1 / 0
         with pytest.raises(ZeroDivisionError):
-            trainer(method).fit(module)
+            trainer(lora(), watch).fit(module)
     else:
-        trainer(method).fit(module)
+        trainer(lora(), watch).fit(module)
     assert injected_names(module) == ADDED
     assert getattr(module, "seen", ADDED) == ADDED
-    assert {hook: vars(module)[hook] for hook in HOOKS if hook in vars(module)} == own
+    assert watch.hooks == hooks(module) == own
 
 
 def test_an_error_while_injecting_gives_the_hooks_back_too() -> None:
@@ -382,13 +388,20 @@ def test_another_checkpoint_io_still_does_the_writing(make_io: Any, tmp_path: Pa
         assert again.calls == ["load", "teardown"]
 
 
-def test_a_trainer_that_fits_twice_wraps_its_checkpoint_io_once() -> None:
+def test_a_trainer_that_fits_twice_wraps_its_checkpoint_io_once_and_records_the_callbacks_it_has(
+    tmp_path: Path,
+) -> None:
     run, module = trainer(lora(), max_epochs=1), make(Small)
     run.fit(module)
     first = run.strategy.checkpoint_io
     run.validate(module, verbose=False)
     run.fit(module)
     assert run.strategy.checkpoint_io is first
+    other, run.callbacks = make(Small), [BitFit(backbone="encoder")]
+    run.fit(other)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    torch.manual_seed(7)
+    assert moved(lightning_ft.load_from_checkpoint(Small, tmp_path / "x.ckpt"), other.state_dict()) == set()
 
 
 # --------------------------------------------------------------------------------------------------- modes
