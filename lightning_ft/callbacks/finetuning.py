@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from inspect import signature
 from itertools import compress
 from typing import Any, ClassVar, cast
@@ -35,6 +36,7 @@ from lightning_ft.injection import (
     all_or_nothing,
     find_base,
     injected_modules,
+    is_thawed,
 )
 
 log = logging.getLogger(__name__)
@@ -114,15 +116,16 @@ class FineTuning(Callback, ABC):
     # ------------------------------------------------------------------ Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Inject now, or right after the module has built itself."""
+        """Inject now, or right after the module has built itself; what was merged is evaluated as it is."""
         self._neighbours = self._refuse_others(trainer)
         hook = _last_builder(pl_module)
-        self._precede_averaging(trainer, pl_module, hook)
+        inject = partial(self._inject, pl_module, anew=stage == "fit")
+        self._precede_averaging(trainer, inject, hook)
         _wrap_checkpoint_io(trainer)
         if hook is None:
-            self._inject(pl_module)
+            inject()
         else:
-            _after(pl_module, hook, lambda: self._inject(pl_module))
+            _after(pl_module, hook, inject)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the optimizers hold just what trains."""
@@ -173,14 +176,17 @@ class FineTuning(Callback, ABC):
         arguments = {name: _plain(getattr(self, name)) for name in signature(type(self)).parameters}
         return {"method": type(self).__name__, "arguments": arguments}
 
-    def _inject(self, model: nn.Module) -> None:
+    def _inject(self, model: nn.Module, anew: bool = True) -> None:
+        """Inject this method and its neighbours; unless ``anew``, not into a base that was merged."""
         # Those that add nothing first: what of the base they train is theirs, whoever trained it before.
         methods = sorted([self, *self._neighbours], key=lambda method: bool(method.layers))
+        if not anew:
+            methods = [method for method in methods if not is_thawed(find_base(model, method.backbone))]
         with all_or_nothing(model):  # where one is refused, none goes in
-            touched = [method.inject(model) for method in methods]
-        if not self._told:
-            rank_zero_info(f"{type(self).__name__}: {self.describe(model, touched[methods.index(self)])}")
-        self._told = True
+            touched = {method: method.inject(model) for method in methods}
+        if self in touched and not self._told:
+            rank_zero_info(f"{type(self).__name__}: {self.describe(model, touched[self])}")
+            self._told = True
 
     def _restore_modes(self) -> None:
         while self._modes:
@@ -199,7 +205,7 @@ class FineTuning(Callback, ABC):
             )
         return [method for method in methods if method is not self]
 
-    def _precede_averaging(self, trainer: Trainer, pl_module: LightningModule, hook: str | None) -> None:
+    def _precede_averaging(self, trainer: Trainer, inject: Callable[[], None], hook: str | None) -> None:
         """These copy the module in their own setup: they must find the module injected."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         averaging = [c for c in callbacks if _AVERAGING & {kind.__name__ for kind in type(c).__mro__}]
@@ -210,7 +216,7 @@ class FineTuning(Callback, ABC):
             )
         if averaging and hook is not None:
             try:
-                self._inject(pl_module)
+                inject()
             except InjectionError as error:
                 raise InjectionError(
                     f"{names} copies the module before its {hook}() builds it, so that the average would"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_ft.injection.targets import Base, InjectionError, is_4bit, parent_of
 
 _FROZEN = "_frozen_by_lightning_ft"
+_THAWED = "_thawed_by_lightning_ft"
 _BEFORE = "_before_merge_by_lightning_ft"
 
 
@@ -294,6 +295,7 @@ def freeze_base(base: Base, method: str, saved: Sequence[str] = (), parameters: 
                 record["parameters"].append(name)
     record["trained"][method] = trained
     setattr(base.root, _FROZEN, record)
+    vars(base.root).pop(_THAWED, None)
     unfreeze(base.root.get_submodule(name) for name in saved)
     for name in parameters:
         base.root.get_parameter(name).requires_grad_(True)
@@ -328,10 +330,17 @@ def _few(names: Iterable[str]) -> str:
 
 
 def thaw(model: nn.Module) -> None:
-    """Train again what :func:`freeze_base` had frozen in ``model``, and forget that it had."""
+    """Train again what :func:`freeze_base` had frozen in ``model``; only :func:`is_thawed` tells that it had."""
     for root in list(model.modules()):
-        for name in vars(root).pop(_FROZEN, {"parameters": []})["parameters"]:
-            root.get_parameter(name).requires_grad_(True)
+        if (record := vars(root).pop(_FROZEN, None)) is not None:
+            setattr(root, _THAWED, True)
+            for name in record["parameters"]:
+                root.get_parameter(name).requires_grad_(True)
+
+
+def is_thawed(base: Base) -> bool:
+    """Whether ``base`` was fine-tuned and is a plain model again (merged, above all), not yet to be fine-tuned anew."""
+    return _THAWED in vars(base.root)
 
 
 def frozen_parts(model: nn.Module) -> set[str]:
@@ -414,6 +423,7 @@ def bring_back(model: nn.Module) -> list[str]:
                 " merged can't come back under it. Merge that too, or load the pretrained weights again."
             )
     for name, module in changed:
+        vars(module).pop(_THAWED, None)
         vars(module).pop(_BEFORE).put_back(module)
         if isinstance(module, Injected):
             _leave_fast_path(model, name)
@@ -431,7 +441,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Take off what was injected, and thaw what was frozen, within the block if it raises."""
     carried = {module: module._mixins for _, module in injected_modules(model)}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    records = [(module, copy.deepcopy(vars(module).get(_FROZEN))) for module in model.modules()]
+    marks = (_FROZEN, _THAWED)
+    marked = [(m, copy.deepcopy({key: vars(m)[key] for key in marks if key in vars(m)})) for m in model.modules()]
     try:
         yield
     except BaseException:
@@ -439,10 +450,10 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             for mixin in module._mixins:
                 if mixin not in carried.get(module, ()):
                     detach(model, name, mixin)
-        for owner, record in records:
-            vars(owner).pop(_FROZEN, None)
-            if record is not None:
-                setattr(owner, _FROZEN, record)
+        for owner, own in marked:
+            for key in marks:
+                vars(owner).pop(key, None)
+            vars(owner).update(own)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         raise

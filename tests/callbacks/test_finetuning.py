@@ -536,6 +536,28 @@ def test_the_method_is_injected_once_over_all_stages(kind: type[Classifier]) -> 
         assert [id(p) for p in module.parameters()] == parameters
 
 
+@pytest.mark.parametrize("kind", [Small, InSetup])
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_merged_module_is_evaluated_as_it_is_and_fitted_anew(kind: type[Classifier], stage: str) -> None:
+    module, run = make(kind), trainer(lora(), max_epochs=1)
+    run.fit(module)
+    before = state(module)
+    lightning_ft.merge(module, reversible=True)
+    merged = state(module)
+    getattr(run, stage)(module)
+    assert moved(module, merged) == injected_names(module) == set()
+    assert all(p.requires_grad for p in module.parameters())
+    lightning_ft.unmerge(module)
+    getattr(run, stage)(module)
+    assert injected_names(module) == ADDED
+    assert moved(module, before) == set()
+    lightning_ft.merge(module)
+    trainer(lora(), max_epochs=1).fit(module)
+    assert injected_names(module) == ADDED
+    getattr(trainer(lora()), stage)(module)
+    assert injected_names(module) == ADDED
+
+
 # ------------------------------------------------------------------ what the user's module does besides
 
 
