@@ -254,9 +254,13 @@ def injected_modules(model: nn.Module) -> Iterator[tuple[str, Injected]]:
 
 
 def injected_names(model: nn.Module) -> set[str]:
-    """The full names of all parameters and buffers that methods added to ``model``."""
+    """The full names, all that they have, of the parameters and buffers that methods added to ``model``."""
+    modules = model.named_modules(remove_duplicate=False)
     return {
-        f"{name}.{key}" if name else key for name, module in injected_modules(model) for key in _added(type(module))
+        f"{name}.{key}".lstrip(".")
+        for name, module in modules
+        if isinstance(module, Injected)
+        for key in _added(type(module))
     }
 
 
