@@ -41,6 +41,7 @@ class Injected:
         slot: name of the instance attribute that holds the layer's settings (a plain, comparable value).
         adds: the parameters that it adds, each with its name in PEFT's files.
         keeps: fixed tensors that it needs beside them, kept as buffers and saved in checkpoints.
+        as_vectors: those of :attr:`adds` that are vectors, though they're stored as matrices of one row or column.
     """
 
     method: ClassVar[str]
@@ -48,6 +49,7 @@ class Injected:
     slot: ClassVar[str]
     adds: ClassVar[Mapping[str, str]]
     keeps: ClassVar[tuple[str, ...]] = ()
+    as_vectors: ClassVar[tuple[str, ...]] = ()
 
     # Set on the classes that `_combine` makes.
     _mixins: ClassVar[tuple[type[Injected], ...]] = ()

@@ -208,6 +208,7 @@ class AdaLoRALayer(Injected):
     acts_on = "weights"
     slot = "adalora"
     adds: ClassVar[Mapping[str, str]] = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"}
+    as_vectors = ("lora_E",)
 
     adalora: AdaLoRASettings
     lora_A: nn.Parameter  # Q: (r, in)
