@@ -4,8 +4,8 @@ hook              what happens there
 setup             inject, before configure_optimizers; or arrange that it happens after the module's
                   own setup() or configure_model(), if it overrides them
 on_fit_start      the user's optimizers get what was injected, and lose what was frozen
-on_train_epoch_   frozen BatchNorms evaluate, injected dropouts drop
-  start
+on_train_batch_   frozen BatchNorms evaluate, injected dropouts drop, for as long as the batch trains
+  start, _end
 teardown,         the module's hooks and modes are as they were
   on_exception
 """
@@ -68,8 +68,8 @@ class FineTuning(Callback, ABC):
         self.modules_to_save = modules_to_save
         self.backbone = backbone
         self._told = False  # what injection did, once for fit, validate and test
-        self._modes: list[tuple[nn.Module, bool]] = []  # of the modules whose mode was changed, as they were
-        self._held: list[tuple[nn.Module, bool]] = []
+        self._held: list[tuple[nn.Module, bool]] = []  # modules with the modes that they train in
+        self._modes: list[tuple[nn.Module, bool]] = []  # those of them that had another, with it
         self._neighbours: list[FineTuning] = []
 
     peft_type: ClassVar[str]
@@ -141,29 +141,40 @@ class FineTuning(Callback, ABC):
         Lightning's ``fit`` doesn't call ``.train()``, and ``requires_grad=False`` doesn't stop a BatchNorm's
         running statistics. Everything else keeps the mode that the user gave it.
         """
-        self._restore_modes()
-        frozen = (module for _, module in frozen_modules(find_base(pl_module, self.backbone)))
-        norms = [(module, False) for module in frozen if isinstance(module, _NormBase)]
+        self._restore_modes()  # a batch that a hook skips has no end
+        base = find_base(pl_module, self.backbone)
+        norms = [(module, False) for _, module in frozen_modules(base) if isinstance(module, _NormBase)]
         # What acts on inputs has no dropout, and the module that it is on (a whole trunk, an attention) may have one.
         layers = [
             cast(nn.Module, layer)
-            for _, layer in injected_modules(pl_module)
+            for _, layer in injected_modules(base.root)
             if any(mixin.acts_on != "inputs" for mixin in layer._mixins)
         ]
         self._held = [*norms, *((layer, True) for layer in layers)]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Hold those modes, even where the module's own hooks call ``.train()``."""
+        """Give them those modes for as long as the batch trains; what must evaluate goes by no ``.train()`` in it.
+
+        Not by hooks on their forward: what torch.compile compiled earlier would pass those by.
+        """
         for module, training in self._held:
             if module.training != training:
                 self._modes.append((module, module.training))
                 module.training = training
+            if not training:
+                module.train = lambda mode=True, module=module: module  # type: ignore[method-assign, misc]  # noqa: ARG005
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Give them the user's again."""
+        self._restore_modes()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its hooks and modes back."""
         _restore_hooks(pl_module)
-        self._held = []
         self._restore_modes()
+        self._held = []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the module its hooks and modes back."""
@@ -189,6 +200,8 @@ class FineTuning(Callback, ABC):
             self._told = True
 
     def _restore_modes(self) -> None:
+        for module, _ in self._held:
+            vars(module).pop("train", None)
         while self._modes:
             module, training = self._modes.pop()
             module.training = training

@@ -534,7 +534,8 @@ class AdaLoRA(FineTuning):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the budget, the mean rank and the penalty."""
+        """See :class:`FineTuning`; log the budget, the mean rank and the penalty."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         allocator, count = self._allocator, len(self._layers)
         values: dict[str, Any] = {}
         if allocator is not None:

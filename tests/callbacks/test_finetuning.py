@@ -447,6 +447,20 @@ def test_frozen_norms_stay_put_and_every_mode_is_given_back(mode: bool, fails: b
     assert {name: m.training for name, m in module.named_modules()} == modes
 
 
+@IN_EVAL
+def test_what_another_base_carries_keeps_its_mode() -> None:
+    class Distilled(Normed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = nn.Sequential(nn.Linear(8, 8))
+            lora(backbone="teacher", target_modules=["0"]).inject(self)
+            self.teacher.requires_grad_(False).eval()
+
+    module = make(Distilled)
+    trainer(lora()).fit(module)
+    assert {(seen["encoder.0"], seen["teacher.0"]) for seen in module.modes} == {(True, False)}
+
+
 def test_a_norm_that_trains_keeps_its_statistics_moving() -> None:
     for method in (lora(modules_to_save=["1"]), FullFineTuning(backbone="encoder")):
         module = make(Normed)
@@ -616,12 +630,24 @@ class SetsModes(CNN):
         self.train()
 
 
-def test_a_frozen_batchnorm_stays_put_though_the_module_calls_train() -> None:
-    module = make(SetsModes)
+class SetsModesInItsStep(CNN):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.eval()
+        self.train()
+        return super().training_step(batch, batch_idx)
+
+
+@IN_EVAL
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", [SetsModes, SetsModesInItsStep])
+def test_a_frozen_batchnorm_stays_put_though_the_module_calls_train(kind: type[CNN], mode: bool) -> None:
+    module = make(kind)
+    module.body.train(mode)
     before = {key: value.clone() for key, value in module.body.state_dict().items() if "running" in key}
     trainer(LoRA(r=2, backbone="body", target_modules="all-linear"), max_epochs=2).fit(module)
     assert before
     assert all(torch.equal(module.body.state_dict()[key], value) for key, value in before.items())
+    assert all(m.training for m in module.train().modules())
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
