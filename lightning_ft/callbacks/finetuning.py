@@ -41,7 +41,6 @@ from lightning_ft.injection import (
 
 log = logging.getLogger(__name__)
 
-_AVERAGING = {"WeightAveraging", "StochasticWeightAveraging"}  # Lightning's, of either package
 _BUILDERS = ("setup", "configure_model")  # the hooks in which a module may build itself, in Lightning's order
 
 
@@ -128,8 +127,14 @@ class FineTuning(Callback, ABC):
             _after(pl_module, hook, inject)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that the optimizers hold just what trains."""
-        _cover(pl_module, find_base(pl_module, self.backbone), trainer.optimizers)
+        """See that the optimizers hold just what trains, and that no other callback changes what doesn't."""
+        base = find_base(pl_module, self.backbone)
+        _cover(pl_module, base, trainer.optimizers)
+        if _averaging(trainer, "StochasticWeightAveraging") and _frozen_norms(base):
+            raise InjectionError(
+                "StochasticWeightAveraging takes new statistics for every BatchNorm, and those of the frozen base must"
+                " stay as they were pretrained. Average with WeightAveraging or EMAWeightAveraging."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A fit that resumes within an epoch starts none, so that its modes are found here."""
@@ -143,14 +148,13 @@ class FineTuning(Callback, ABC):
         """
         self._restore_modes()  # a batch that a hook skips has no end
         base = find_base(pl_module, self.backbone)
-        norms = [(module, False) for _, module in frozen_modules(base) if isinstance(module, _NormBase)]
         # What acts on inputs has no dropout, and the module that it is on (a whole trunk, an attention) may have one.
         layers = [
             cast(nn.Module, layer)
             for _, layer in injected_modules(base.root)
             if any(mixin.acts_on != "inputs" for mixin in layer._mixins)
         ]
-        self._held = [*norms, *((layer, True) for layer in layers)]
+        self._held = [*((norm, False) for norm in _frozen_norms(base)), *((layer, True) for layer in layers)]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Give them those modes for as long as the batch trains; what must evaluate goes by no ``.train()`` in it.
@@ -194,9 +198,9 @@ class FineTuning(Callback, ABC):
         if not anew:
             methods = [method for method in methods if not is_thawed(find_base(model, method.backbone))]
         with all_or_nothing(model):  # where one is refused, none goes in
-            touched = {method: method.inject(model) for method in methods}
-        if self in touched and not self._told:
-            rank_zero_info(f"{type(self).__name__}: {self.describe(model, touched[self])}")
+            touched = [method.inject(model) for method in methods]
+        if self in methods and not self._told:
+            rank_zero_info(f"{type(self).__name__}: {self.describe(model, touched[methods.index(self)])}")
             self._told = True
 
     def _restore_modes(self) -> None:
@@ -221,7 +225,7 @@ class FineTuning(Callback, ABC):
     def _precede_averaging(self, trainer: Trainer, inject: Callable[[], None], hook: str | None) -> None:
         """These copy the module in their own setup: they must find the module injected."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        averaging = [c for c in callbacks if _AVERAGING & {kind.__name__ for kind in type(c).__mro__}]
+        averaging = _averaging(trainer, "WeightAveraging", "StochasticWeightAveraging")
         names = ", ".join(type(neighbour).__name__ for neighbour in averaging)
         if any(callbacks.index(neighbour) < callbacks.index(self) for neighbour in averaging):
             raise InjectionError(
@@ -240,6 +244,16 @@ class FineTuning(Callback, ABC):
 def _methods_of(trainer: Trainer) -> list[FineTuning]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, FineTuning)]
+
+
+def _averaging(trainer: Trainer, *kinds: str) -> list[Callback]:
+    """The callbacks of these kinds, by name: they may be ``pytorch_lightning``'s."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [c for c in callbacks if any(kind.__name__ in kinds for kind in type(c).__mro__)]
+
+
+def _frozen_norms(base: Base) -> list[_NormBase]:
+    return [module for _, module in frozen_modules(base) if isinstance(module, _NormBase)]
 
 
 def _wrap_checkpoint_io(trainer: Trainer) -> None:

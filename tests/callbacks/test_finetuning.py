@@ -308,6 +308,16 @@ def test_averaging_a_module_that_builds_itself_in_a_hook_is_an_error(
         trainer(lora(), average()).fit(make(kind))
 
 
+def test_averaging_that_would_reset_frozen_norms_is_an_error() -> None:
+    swa = partial(StochasticWeightAveraging, 0.1)
+    with pytest.raises(InjectionError, match=r"StochasticWeightAveraging takes new statistics.*EMAWeightAveraging"):
+        trainer(lora(), swa()).fit(make(Normed))
+    module = make(Small)
+    before = state(module)
+    trainer(lora(), swa(), max_epochs=3).fit(module)
+    assert moved(module, before) == HEAD | ADDED
+
+
 def test_averages_are_saved_slim_and_resume_exactly(tmp_path: Path) -> None:
     def run(epochs: int, **more: Any) -> Small:
         module = make(Small)
