@@ -49,7 +49,8 @@ class FineTuning(Callback, ABC):
 
     A subclass has an :meth:`inject`, and arguments that are plain values, each kept under its own name. The
     module needs no base class of ours and may be built in ``__init__``, ``setup()`` or ``configure_model()``.
-    Checkpoints hold only what was trained, and resume with Lightning's own ``fit(ckpt_path=...)``.
+    Checkpoints hold all but the frozen base, and resume with Lightning's own ``fit(ckpt_path=...)``. A frozen model
+    beside the base, a teacher, is in them too: nothing tells it from one that's averaged in the module's own steps.
 
     Several methods in one Trainer work together if they act on different things (``[LoRA(), BitFit()]``): the union
     trains, in whatever order they're listed. If one of them is refused, none goes in. What a method has put into a
