@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_ft.injection.targets import Base, InjectionError, is_4bit, parent_of
 
 _FROZEN = "_frozen_by_lightning_ft"
+_THAWED = "_thawed_by_lightning_ft"
 _BEFORE = "_before_merge_by_lightning_ft"
 
 
@@ -40,6 +41,7 @@ class Injected:
         slot: name of the instance attribute that holds the layer's settings (a plain, comparable value).
         adds: the parameters that it adds, each with its name in PEFT's files.
         keeps: fixed tensors that it needs beside them, kept as buffers and saved in checkpoints.
+        as_vectors: those of :attr:`adds` that are vectors, though they're stored as matrices of one row or column.
     """
 
     method: ClassVar[str]
@@ -47,6 +49,7 @@ class Injected:
     slot: ClassVar[str]
     adds: ClassVar[Mapping[str, str]]
     keeps: ClassVar[tuple[str, ...]] = ()
+    as_vectors: ClassVar[tuple[str, ...]] = ()
 
     # Set on the classes that `_combine` makes.
     _mixins: ClassVar[tuple[type[Injected], ...]] = ()
@@ -85,8 +88,8 @@ class Injected:
         return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # `module.to(bfloat16)`, as precision plugins call it, must not touch what is trained: in bf16 an
-        # update of 1e-4 on a weight of 0.05 is lost. Moves between devices are followed.
+        # `module.to(bfloat16)`, as precision plugins call it, must not round what is trained: in bf16 an
+        # update of 1e-4 on a weight of 0.05 is lost. fp64 and moves between devices are followed.
         own = {
             id(tensor)
             for name in _added(type(self))
@@ -94,11 +97,12 @@ class Injected:
             if tensor is not None
         }
 
-        def keep_dtype(tensor: Tensor) -> Tensor:
+        def precisely(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return tensor.to(moved.device) if id(tensor) in own and moved.dtype != tensor.dtype else moved
+            rounds = id(tensor) in own and moved.dtype.itemsize < torch.float32.itemsize
+            return tensor.to(moved.device, torch.float32) if rounds else moved
 
-        return super()._apply(keep_dtype, recurse)  # type: ignore[misc]
+        return super()._apply(precisely, recurse)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The combined class is made at run time: pickle (and deepcopy) its parts instead.
@@ -252,9 +256,13 @@ def injected_modules(model: nn.Module) -> Iterator[tuple[str, Injected]]:
 
 
 def injected_names(model: nn.Module) -> set[str]:
-    """The full names of all parameters and buffers that methods added to ``model``."""
+    """The full names, all that they have, of the parameters and buffers that methods added to ``model``."""
+    modules = model.named_modules(remove_duplicate=False)
     return {
-        f"{name}.{key}" if name else key for name, module in injected_modules(model) for key in _added(type(module))
+        f"{name}.{key}".lstrip(".")
+        for name, module in modules
+        if isinstance(module, Injected)
+        for key in _added(type(module))
     }
 
 
@@ -293,6 +301,7 @@ def freeze_base(base: Base, method: str, saved: Sequence[str] = (), parameters: 
                 record["parameters"].append(name)
     record["trained"][method] = trained
     setattr(base.root, _FROZEN, record)
+    vars(base.root).pop(_THAWED, None)
     unfreeze(base.root.get_submodule(name) for name in saved)
     for name in parameters:
         base.root.get_parameter(name).requires_grad_(True)
@@ -327,10 +336,17 @@ def _few(names: Iterable[str]) -> str:
 
 
 def thaw(model: nn.Module) -> None:
-    """Train again what :func:`freeze_base` had frozen in ``model``, and forget that it had."""
+    """Train again what :func:`freeze_base` had frozen in ``model``; only :func:`is_thawed` tells that it had."""
     for root in list(model.modules()):
-        for name in vars(root).pop(_FROZEN, {"parameters": []})["parameters"]:
-            root.get_parameter(name).requires_grad_(True)
+        if (record := vars(root).pop(_FROZEN, None)) is not None:
+            setattr(root, _THAWED, True)
+            for name in record["parameters"]:
+                root.get_parameter(name).requires_grad_(True)
+
+
+def is_thawed(base: Base) -> bool:
+    """Whether ``base`` was fine-tuned and is a plain model again (merged, above all), not yet to be fine-tuned anew."""
+    return _THAWED in vars(base.root)
 
 
 def frozen_parts(model: nn.Module) -> set[str]:
@@ -413,6 +429,7 @@ def bring_back(model: nn.Module) -> list[str]:
                 " merged can't come back under it. Merge that too, or load the pretrained weights again."
             )
     for name, module in changed:
+        vars(module).pop(_THAWED, None)
         vars(module).pop(_BEFORE).put_back(module)
         if isinstance(module, Injected):
             _leave_fast_path(model, name)
@@ -430,7 +447,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Take off what was injected, and thaw what was frozen, within the block if it raises."""
     carried = {module: module._mixins for _, module in injected_modules(model)}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    records = [(module, copy.deepcopy(vars(module).get(_FROZEN))) for module in model.modules()]
+    marks = (_FROZEN, _THAWED)
+    marked = [(m, copy.deepcopy({key: vars(m)[key] for key in marks if key in vars(m)})) for m in model.modules()]
     try:
         yield
     except BaseException:
@@ -438,10 +456,10 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             for mixin in module._mixins:
                 if mixin not in carried.get(module, ()):
                     detach(model, name, mixin)
-        for owner, record in records:
-            vars(owner).pop(_FROZEN, None)
-            if record is not None:
-                setattr(owner, _FROZEN, record)
+        for owner, own in marked:
+            for key in marks:
+                vars(owner).pop(key, None)
+            vars(owner).update(own)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         raise

@@ -35,11 +35,10 @@ class Base:
         """The pretrained modules themselves."""
         return (self.root.get_submodule(name) for name in self.frozen)
 
-    def named_modules(self, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Every module of the pretrained parts, named relative to :attr:`root`."""
         for part in self.frozen:
-            module = self.root.get_submodule(part)
-            yield from module.named_modules(prefix=part, remove_duplicate=remove_duplicate)
+            yield from self.root.get_submodule(part).named_modules(prefix=part)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter of the pretrained parts, named relative to :attr:`root`."""
@@ -58,9 +57,9 @@ class Base:
 def find_base(model: nn.Module, backbone: str | None = None) -> Base:
     """Tell the pretrained base of ``model`` from the head that is the user's own.
 
-    If ``model`` is or holds exactly one Hugging Face ``PreTrainedModel``, its trunk (``.base_model``) and a
-    pretrained output head are the base; a newly initialised head (``classifier``, ``score``, …) and
-    everything outside are the user's. Otherwise ``backbone`` names it.
+    If ``model`` is or holds exactly one Hugging Face ``PreTrainedModel``, under whatever names, its trunk
+    (``.base_model``) and a pretrained output head are the base; a newly initialised head (``classifier``,
+    ``score``, …) and everything outside are the user's. Otherwise ``backbone`` names it.
 
     Args:
         model: any module; typically a LightningModule.
@@ -79,11 +78,16 @@ def find_base(model: nn.Module, backbone: str | None = None) -> Base:
             )
         return _base_at(model, path)
 
-    pretrained = list(_outermost(model, is_pretrained_model))
+    found = list(_outermost(model, is_pretrained_model))
+    inside = {part for _, whole in found for part in whole.modules() if part is not whole}
+    pretrained: dict[nn.Module, str] = {}
+    for name, module in found:
+        if module not in inside:  # self.encoder = self.model.bert is but a second name
+            pretrained.setdefault(module, name)
     if len(pretrained) == 1:
-        return _base_at(model, pretrained[0][0])
+        return _base_at(model, *pretrained.values())
 
-    candidates = [name for name, _ in pretrained] or [
+    candidates = list(pretrained.values()) or [
         name for name, child in model.named_children() if any(True for _ in child.parameters())
     ]
     if not candidates:
@@ -192,13 +196,14 @@ def _layer_index(name: str, lists: Sequence[str]) -> re.Match[str] | None:
 
 
 def match_modules(base: Base, modules_to_save: Sequence[str] | None) -> list[str]:
-    """The modules of the root that ``modules_to_save`` names, by path or end of a path.
+    """The modules of the root that ``modules_to_save``, a name or several, names by path or end of a path.
 
     Raises:
         InjectionError: if an entry names nothing.
     """
     names = [name for name, _ in base.root.named_modules() if name]
-    return _match_suffixes(modules_to_save or (), names, "modules_to_save")
+    wanted = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()
+    return _match_suffixes(wanted, names, "modules_to_save")
 
 
 def match_names(patterns: str | Sequence[str], names: Iterable[str], argument: str = "target_modules") -> list[str]:

@@ -208,6 +208,7 @@ class AdaLoRALayer(Injected):
     acts_on = "weights"
     slot = "adalora"
     adds: ClassVar[Mapping[str, str]] = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"}
+    as_vectors = ("lora_E",)
 
     adalora: AdaLoRASettings
     lora_A: nn.Parameter  # Q: (r, in)
@@ -533,7 +534,8 @@ class AdaLoRA(FineTuning):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the budget, the mean rank and the penalty."""
+        """See :class:`FineTuning`; log the budget, the mean rank and the penalty."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         allocator, count = self._allocator, len(self._layers)
         values: dict[str, Any] = {}
         if allocator is not None:

@@ -163,7 +163,8 @@ class GradualUnfreezing(FineTuning):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let them go."""
+        """See :class:`FineTuning`; let them go."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._let_go()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ class IA3Layer(Injected):
     acts_on = "weights"
     slot = "ia3"
     adds: ClassVar[Mapping[str, str]] = {"ia3_l": "ia3_l"}
+    as_vectors = ("ia3_l",)
 
     ia3: str
     """What is rescaled: ``"output"`` or ``"input"``."""

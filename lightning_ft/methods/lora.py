@@ -233,6 +233,8 @@ class DoRALayer(LoRALayer):
     The norm is a constant in the backward pass, as in section 4.3 of the paper. Dropout is on the low-rank part alone.
     """
 
+    as_vectors = ("lora_magnitude_vector",)
+
     lora_magnitude_vector: nn.Parameter  # m: (out,), for convolutions (1, out, 1, …)
     bias: Tensor | None
 
