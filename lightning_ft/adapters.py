@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -163,7 +164,8 @@ def merge(model: nn.Module, *, reversible: bool = False, dequantize: bool = Fals
         Paths of the merged modules; none where nothing was added (head only, full fine-tuning).
 
     Raises:
-        NotImplementedError: if a method in the model can't be merged; the model is then left as it was.
+        NotImplementedError: if a method in the model can't be merged, or not into a linear layer whose forward isn't
+            ``W x + b``; the model is then left as it was.
         InjectionError: if the drift is above ``max_drift``; the model is then left as it was.
     """
     layers = list(injected_modules(model))
@@ -175,6 +177,7 @@ def merge(model: nn.Module, *, reversible: bool = False, dequantize: bool = Fals
                     f"{mixin.method} can't be merged: it changes {what}, not its weights. The model can be served as it"
                     " is; save_adapter keeps what was trained."
                 )
+        _check_fold(name, layer)
     folded: dict[str, dict[str, Tensor]] = {}
     rounding: list[tuple[float, float]] = []
     for name, layer in layers:
@@ -299,6 +302,29 @@ def _method_of(record: Mapping[str, Any]) -> FineTuning:
             f" pass it, load_from_checkpoint(..., method={record['method']}(...))."
         )
     return known[record["method"]](**record["arguments"])
+
+
+def _check_fold(name: str, layer: Any) -> None:
+    """See, on a copy, that a linear layer with a forward of its own gives the same when it is merged.
+
+    Raises:
+        NotImplementedError: if it doesn't.
+    """
+    own_forward = layer._original.forward is not nn.Linear.forward
+    if not (isinstance(layer, nn.Linear) and own_forward) or is_4bit(layer):
+        return
+    probe: Any = copy.deepcopy(layer).eval().float()
+    x = torch.randn(4, layer.in_features, device=layer.weight.device)
+    with torch.no_grad():
+        before, folded = probe.forward(x), probe.folded(probe.weight)
+        detach(probe, "")
+        for key, value in folded.items():
+            getattr(probe, key).copy_(value)
+        if not torch.allclose(probe.forward(x), before, rtol=1e-3, atol=1e-4 * before.abs().max().item()):
+            raise NotImplementedError(
+                f"'{name}' can't be merged: {type(layer).__name__} has a forward of its own, which is not W x + b, so"
+                " that its outputs would change. The model can be served as it is; save_adapter keeps what was trained."
+            )
 
 
 def _report_drift(rounding: Sequence[tuple[float, float]], max_drift: float) -> None:

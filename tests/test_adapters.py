@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lightning_ft
-from lightning_ft import HeadOnly, InjectionError, LoRA
+from lightning_ft import IA3, HeadOnly, InjectionError, LoRA
 from lightning_ft.callbacks.checkpoint_io import METADATA
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.files.state import StateError
@@ -192,6 +192,43 @@ def test_a_merge_that_one_layer_refuses_changes_none(place: str) -> None:
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(model(x), out)
+
+
+class Falcon(nn.Linear):
+    """As Hugging Face's FalconLinear: W x + b in its own words."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Halved(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "merges"),
+    [
+        (Falcon, LoRA(r=2, backbone="."), True),
+        (Halved, LoRA(r=2, backbone="."), False),
+        (Halved, IA3(["0"], [], backbone="."), True),
+    ],
+)
+def test_a_linear_layer_with_its_own_forward_is_merged_if_that_keeps_its_outputs(
+    kind: Any, method: FineTuning, merges: bool
+) -> None:
+    model, x = nn.Sequential(kind(4, 4)), torch.randn(3, 4)
+    method.inject(model)
+    for name in injected_names(model):
+        nn.init.normal_(model.get_parameter(name))
+    before = model(x)
+    if merges:
+        assert lightning_ft.merge(model) == ["0"]
+    else:
+        with pytest.raises(NotImplementedError, match=r"'0' can't be merged: Halved has a forward of its own"):
+            lightning_ft.merge(model)
+        assert injected_names(model)
+    torch.testing.assert_close(model(x), before)
 
 
 def test_a_part_of_a_model_can_be_merged_alone() -> None:

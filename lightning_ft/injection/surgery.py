@@ -222,7 +222,9 @@ def inject_layers(base: Base, plan: Mapping[str, Layer], method: str, saved: Seq
     new = {name: layer for name, layer in plan.items() if not carries(base.root, name, layer.mixin, layer.settings)}
     for name, layer in new.items():
         check_attachable(base.root, name, layer.mixin)
-    _refuse_tied(base.root, [name for name, layer in new.items() if layer.mixin.acts_on == "weights"], method)
+    of_weights = [name for name, layer in new.items() if layer.mixin.acts_on == "weights"]
+    _refuse_computed(base.root, of_weights, method)
+    _refuse_tied(base.root, of_weights, method)
     starts = {name: layer.start() for name, layer in new.items()}
     freeze_base(base, method, saved)  # from here on nothing is refused, and the model changes
     for name, layer in new.items():
@@ -526,6 +528,17 @@ def check_attachable(model: nn.Module, name: str, mixin: type[Injected]) -> None
             f"'{name}' can't be adapted: a forward in eval mode has packed its 4-bit weights anew for this CPU"
             " (bitsandbytes does so, and they can't train then). Inject before the first forward: load the model again."
         )
+
+
+def _refuse_computed(root: nn.Module, names: Sequence[str], method: str) -> None:
+    """A weight that is computed anew at each forward can't take up a change."""
+    for name in names:
+        if "weight" not in root.get_submodule(name)._parameters:
+            raise InjectionError(
+                f"'{name}' computes its weight from other parameters (weight_norm, spectral_norm or another"
+                f" parametrization), so that what {method} changes of it couldn't be merged. Make it a plain one first:"
+                " torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), or remove_weight_norm(module)."
+            )
 
 
 def _refuse_tied(root: nn.Module, names: Sequence[str], method: str) -> None:

@@ -400,12 +400,13 @@ def layer_for(module: nn.Module, variant: Variant = "plain") -> type[LoRALayer] 
         return None  # DoRA and PiSSA compute with W itself, of which 4 bits hold a packed form
     if isinstance(module, nn.Linear):
         return None if is_4bit(module) and variant != "plain" else _LINEAR.get(variant)  # those read its weight
+    forward = getattr(module, "_original", type(module)).forward
     if isinstance(module, nn.Embedding):
-        # One with a forward of its own (a scaled one) does more than look rows up.
-        original = getattr(module, "_original", type(module))
-        return _EMBEDDING.get(variant) if original.forward is nn.Embedding.forward else None
+        return _EMBEDDING.get(variant) if forward is nn.Embedding.forward else None  # not a scaled one
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return _CONV.get(variant) if module.groups == 1 else None  # across groups there's no low rank to speak of
+        # Not one that pads in a forward of its own; and across groups there's no low rank to speak of.
+        plain = forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward) and module.groups == 1
+        return _CONV.get(variant) if plain else None
     return _CONV1D.get(variant) if is_conv1d(module) else None
 
 

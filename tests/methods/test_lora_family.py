@@ -121,9 +121,17 @@ def test_a_convolution_with_lora_is_one_with_the_changed_kernel(
     torch.testing.assert_close(model(x), expected, atol=1e-11, rtol=1e-11)
 
 
-def test_a_grouped_convolution_is_no_target() -> None:
+class Same(nn.Conv2d):
+    """As timm's: it pads by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(nn.functional.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 3, groups=2), Same(4, 4, 3)], ids=["grouped", "own forward"])
+def test_a_convolution_that_does_more_is_no_target(layer: nn.Module) -> None:
     with pytest.raises(InjectionError, match="can't adapt"):
-        LoRA(target_modules=["0"], backbone=".").inject(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)))
+        LoRA(target_modules=["0"], backbone=".").inject(nn.Sequential(layer))
 
 
 # ---------------------------------------------------------------------- against stock PEFT, as it is trained
