@@ -342,8 +342,17 @@ class ResidualLayer(LoRALayer):
 
     @classmethod
     def start(cls, module: Any, settings: LoRASettings, init: Init) -> dict[str, Tensor]:
-        """A = A₀ and B = B₀, such that ``s B₀ A₀`` is the best approximation of W of that rank, or its Q R."""
+        """A = A₀ and B = B₀, such that ``s B₀ A₀`` is the best approximation of W of that rank, or its Q R.
+
+        Raises:
+            InjectionError: if W has fewer ranks than r.
+        """
         weight = module.weight.detach().float()
+        if settings.r > min(weight.shape):
+            raise InjectionError(
+                f"init_lora_weights='{init}' takes a weight of {' x '.join(map(str, weight.shape))} apart, which has no"
+                f" {settings.r} ranks. Use r={min(weight.shape)} at most (rank_pattern, for such modules alone)."
+            )
         a, b = _PRINCIPAL[init](weight.T if cls.out_axis else weight, settings.r)
         share = settings.scaling**-0.5  # of s in each
         a, b = (a * share, b * share) if init == "pissa" else (a, b)
@@ -528,7 +537,8 @@ class LoRA(FineTuning):
         """See :class:`FineTuning`; with LoRA+, B takes longer steps from here on."""
         super().on_fit_start(trainer, pl_module)
         if self.loraplus_lr_ratio != 1:
-            own = [m for m in pl_module.modules() if isinstance(m, LoRALayer)]
+            base = find_base(pl_module, self.backbone)  # another LoRA may be on another one
+            own = [m for _, m in base.named_modules() if isinstance(m, LoRALayer)]
             for optimizer in trainer.optimizers:
                 self._hooks += lengthen_steps(optimizer, [layer.lora_B for layer in own], self.loraplus_lr_ratio)
 

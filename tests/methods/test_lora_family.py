@@ -14,7 +14,7 @@ import peft
 import pytest
 import tiny
 import torch
-from foreign import BertInInit, make, trainer
+from foreign import BertInInit, Classifier, make, trainer, vector_data
 from reference.lora import dora_linear, residual_linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -267,6 +267,33 @@ def test_lora_plus_is_a_higher_rate_of_b(optimizer: Callable[..., torch.optim.Op
     assert not any(torch.equal(one.lora_B, other.lora_B) for (_, one), (_, other) in moved)
 
 
+class TwoBases(Classifier):
+    data = staticmethod(lambda: vector_data(8))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 3))
+
+    def outputs(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+def test_lora_plus_lengthens_the_steps_on_its_own_backbone_alone() -> None:
+    def step(**ratios: float) -> list[Tensor]:
+        module = make(TwoBases)
+        methods = [LoRA(r=R, backbone=name, loraplus_lr_ratio=ratio) for name, ratio in ratios.items()]
+        trainer(*methods, max_epochs=1, limit_train_batches=1).fit(module)
+        return [layer.lora_B.detach() for _, layer in injected_modules(module)]  # from zero
+
+    plain, lengthened = step(encoder=1, decoder=1), step(encoder=4, decoder=3)
+    for one, more, ratio in zip(plain, lengthened, (4, 3), strict=True):
+        torch.testing.assert_close(more, ratio * one)
+        assert one.any()
+
+
 # ------------------------------------------------------------------------------- which modules, which ranks
 
 
@@ -328,6 +355,15 @@ def test_a_setting_that_does_nothing_is_an_error(settings: dict[str, Any], says:
 def test_dora_does_not_go_with_a_split_weight(init: Any) -> None:
     with pytest.raises(ValueError, match=f"use_dora.*'{init}'"):
         LoRA(use_dora=True, init_lora_weights=init)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_weight_is_split_into_no_more_ranks_than_it_has(init: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5))
+    with pytest.raises(InjectionError, match=rf"'{init}'.*5 x 8.*no 6 ranks. Use r=5 at most"):
+        LoRA(r=6, init_lora_weights=init, backbone=".").inject(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert LoRA(r=6, init_lora_weights=init, rank_pattern={"1": 5}, backbone=".").inject(model)
 
 
 def test_an_unusual_rank_is_advised_against_once(caplog: pytest.LogCaptureFixture) -> None:
