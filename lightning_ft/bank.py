@@ -25,6 +25,7 @@ from lightning_ft.injection import (
     all_or_nothing,
     attach,
     detach,
+    first_tensor,
     injected_modules,
     injected_names,
     twin,
@@ -248,7 +249,7 @@ class _Rows:
     def answer(self, module: Any, base: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What ``module`` gives for these arguments; ``base`` is its own forward."""
         path, count = module.bank.path, len(self.adapters)
-        first = _first(args, kwargs)
+        first = torch.atleast_1d(first_tensor(args, kwargs))  # which tells the number of rows
         if len(first) not in (count, count * self.beams):
             raise InjectionError(
                 f"'{path}' got {len(first)} rows, and bank.rows() {count} names (beams={self.beams}): it takes one for"
@@ -280,12 +281,6 @@ def _kind(layer: Any, module: nn.Module) -> Any:
     return mixins[0] if len(mixins) == 1 and same else None
 
 
-def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The first tensor of them, which tells the number of rows."""
-    values = (*args, *kwargs.values())
-    return next((value for value in values if isinstance(value, Tensor) and value.ndim), torch.empty(0))
-
-
 def _forward(layer: nn.Module | None, base: Callable[..., Any]) -> Callable[..., Any]:
     return base if layer is None else layer.forward
 
@@ -302,7 +297,7 @@ def _by_layer(layers: Sequence[nn.Module | None], index: Tensor) -> Callable[...
         return value.unflatten(0, (len(index), -1))[of].flatten(0, 1)
 
     def forward(base: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        count = len(_first(args, kwargs))
+        count = len(first_tensor(args, kwargs))
         parts = [
             _forward(layer, base)(
                 *(taken(value, of, count) for value in args),

@@ -1,6 +1,6 @@
 """Where things go in: pure torch, no Lightning, no Hugging Face import."""
 
-from lightning_ft.injection.layers import layer_depths
+from lightning_ft.injection.layers import layer_depths, layer_numbers
 from lightning_ft.injection.surgery import (
     Injected,
     Layer,
@@ -8,6 +8,7 @@ from lightning_ft.injection.surgery import (
     attach,
     bring_back,
     detach,
+    first_tensor,
     forget,
     freeze_all_but,
     freeze_base,
@@ -47,6 +48,7 @@ __all__ = [
     "exactly",
     "find_base",
     "find_trunk",
+    "first_tensor",
     "forget",
     "freeze_all_but",
     "freeze_base",
@@ -57,6 +59,7 @@ __all__ = [
     "is_4bit",
     "is_conv1d",
     "layer_depths",
+    "layer_numbers",
     "match_modules",
     "match_names",
     "refuse_injected",

@@ -232,6 +232,11 @@ def inject_layers(base: Base, plan: Mapping[str, Layer], method: str, saved: Seq
     return [base.prefixed(name) for name in plan]
 
 
+def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a module computes with: the first of the arguments of its forward, named or not, that is a tensor."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), torch.empty(0))
+
+
 def detach(model: nn.Module, name: str, mixin: type[Injected] | None = None) -> None:
     """Remove ``mixin`` (default: all) from ``model.get_submodule(name)``: its class and keys are as before."""
     module: Any = model.get_submodule(name)

@@ -34,6 +34,7 @@ from lightning_ft.injection import (
     Layer,
     exactly,
     find_base,
+    first_tensor,
     inject_layers,
     injected_modules,
     is_conv1d,
@@ -215,10 +216,11 @@ class AdaLoRALayer(Injected):
     lora_E: nn.Parameter  # λ: (r, 1)
     training: bool
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output plus the low-rank one; shapes are the module's."""
-        out = super().forward(input)  # type: ignore[misc]
-        x = F.dropout(input.to(self.lora_A.dtype), self.adalora.lora_dropout, self.training)
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        x = first_tensor(args, kwargs).to(self.lora_A.dtype)
+        x = F.dropout(x, self.adalora.lora_dropout, self.training)
         low_rank = F.linear(F.linear(x, self.lora_A * self.lora_E), self.lora_B)
         return out + (self.adalora.scaling * low_rank).to(out.dtype)
 

@@ -47,10 +47,11 @@ from lightning_ft.injection import (
     detach,
     exactly,
     find_base,
+    first_tensor,
     inject_layers,
     injected_modules,
     is_conv1d,
-    layer_depths,
+    layer_numbers,
     match_modules,
     resolve_targets,
 )
@@ -128,7 +129,7 @@ class ParallelAdapter(AdapterLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own output, or the first of them, plus the adapter's."""
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_tensor(args, kwargs)
         return _first(super().forward(*args, **kwargs), lambda h: self.with_adapter(h, x))  # type: ignore[misc]
 
 
@@ -359,7 +360,7 @@ class Adapter(FineTuning):
             self.layers_to_transform,
             self.layers_pattern,
         )
-        highest = max(_layers(base, names).values(), default=0)
+        highest = max(layer_numbers(base.root, names).values(), default=0)
         if self.adapter_drop and self.adapter_drop >= highest:
             raise InjectionError(
                 f"adapter_drop={self.adapter_drop} would leave out all adapters: the last of them is in layer {highest}"
@@ -388,7 +389,7 @@ class Adapter(FineTuning):
         """See :class:`FineTuning`; find what AdapterDrop may leave out."""
         super().on_train_epoch_start(trainer, pl_module)
         base = find_base(pl_module, self.backbone)
-        layers = _layers(base, _adapted(base)) if self.adapter_drop else {}
+        layers = layer_numbers(base.root, _adapted(base)) if self.adapter_drop else {}
         self._droppable = [(layer, base.root.get_submodule(name)) for name, layer in layers.items()]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -450,7 +451,7 @@ def drop_adapters(model: nn.Module, n: int, backbone: str | None = None) -> list
         InjectionError: if there are no adapters in those layers.
     """
     base = find_base(model, backbone)
-    names = [name for name, layer in _layers(base, _adapted(base)).items() if layer <= n]
+    names = [name for name, layer in layer_numbers(base.root, _adapted(base)).items() if layer <= n]
     if not names:
         raise InjectionError(f"{type(model).__name__} has no adapters in its first {n} layers. Inject or load some.")
     for name in names:
@@ -460,10 +461,3 @@ def drop_adapters(model: nn.Module, n: int, backbone: str | None = None) -> list
 
 def _adapted(base: Base) -> list[str]:
     return [name for name, layer in injected_modules(base.root) if isinstance(layer, AdapterLayer)]
-
-
-def _layers(base: Base, names: Sequence[str]) -> dict[str, int]:
-    """The number of the layer, from 1, that each of these modules is in; without those that are before all layers."""
-    depths = layer_depths(base.root, base.frozen)
-    inside = {name: next((d for key, d in depths.items() if key.startswith(f"{name}.")), 0) for name in names}
-    return {name: layer for name, layer in inside.items() if layer > 0}

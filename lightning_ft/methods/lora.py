@@ -41,6 +41,7 @@ from lightning_ft.injection import (
     Layer,
     exactly,
     find_base,
+    first_tensor,
     inject_layers,
     is_4bit,
     is_conv1d,
@@ -89,11 +90,11 @@ class LoRALayer(Injected):
     weight: Tensor
     training: bool
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output plus the low-rank one; shapes are the module's."""
-        out = super().forward(input)  # type: ignore[misc]
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
         # The adapter computes in its own precision, fp32 unless autocast says otherwise.
-        return out + (self.lora.scaling * self.low_rank(input)).to(out.dtype)
+        return out + (self.lora.scaling * self.low_rank(first_tensor(args, kwargs))).to(out.dtype)
 
     def low_rank(self, x: Tensor) -> Tensor:
         """``B A dropout(x)``: (..., in) to (..., out)."""
@@ -149,9 +150,9 @@ class LoRALinear(LoRALayer):
         # Zeros fill smaller ranks up: they add nothing.
         a, b = (pad_sequence(list(side), batch_first=True)[index] for side in zip(*pairs, strict=True))
 
-        def forward(base: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-            out = base(input)
-            x = input.to(a.dtype).reshape(len(index), -1, input.shape[-1])
+        def forward(base: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            out, x = base(*args, **kwargs), first_tensor(args, kwargs)
+            x = x.to(a.dtype).reshape(len(index), -1, x.shape[-1])
             low_rank = torch.bmm(torch.bmm(x, a.mT), b)  # (rows, tokens, out)
             return out.add_(low_rank.view(out.shape))  # in place: another copy of it would cost more than the product
 
@@ -236,9 +237,9 @@ class DoRALayer(LoRALayer):
     lora_magnitude_vector: nn.Parameter  # m: (out,), for convolutions (1, out, 1, …)
     bias: Tensor | None
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """LoRA's output, without the bias times ``m / ‖W + s B A‖``."""
-        out = super().forward(input)
+        out = super().forward(*args, **kwargs)
         bias = getattr(self, "bias", None)
         unbiased = out if bias is None else out - self.spread(bias, self.weight.ndim)
         # As a difference, so that outputs are the base's to the bit as long as the ratio is 1.
@@ -255,8 +256,8 @@ class DoRALayer(LoRALayer):
         ratios = [torch.ones_like(some) if layer is None else layer.ratio(layer.weight) for layer in layers]
         more = torch.stack(ratios)[index] - 1  # (rows, out)
 
-        def forward(base: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-            out = lora(base, input)
+        def forward(base: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            out = lora(base, *args, **kwargs)
             unbiased = (out if bias is None else out - bias).view(len(index), -1, out.shape[-1])
             return out + (more[:, None] * unbiased).view(out.shape).to(out.dtype)
 
