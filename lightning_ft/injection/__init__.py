@@ -19,6 +19,7 @@ from lightning_ft.injection.surgery import (
     refuse_injected,
     remembering,
     thaw,
+    train_own,
     twin,
     unfreeze,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "remembering",
     "resolve_targets",
     "thaw",
+    "train_own",
     "twin",
     "unfreeze",
 ]

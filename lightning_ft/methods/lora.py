@@ -439,7 +439,8 @@ class LoRA(FineTuning):
         rank_pattern, alpha_pattern: other values of ``r`` and ``alpha`` for modules whose path, or the end of it,
             matches a regular expression: ``{"layer.0.*query": 16}``. The first that matches counts.
         init_lora_weights: how A starts: ``"kaiming"`` (uniform, as PEFT does by default) or ``"gaussian"`` (std 1/r),
-            B at zero. Or both from W: ``"pissa"`` (its r largest singular values), ``"olora"`` (its QR decomposition).
+            B at zero. Or both from W: ``"pissa"`` (its r largest singular values), ``"olora"`` (its QR decomposition);
+            these two are saved as a plain LoRA of twice the rank: one that was loaded trains on with ``LoRA(r=2 * r)``.
         use_rslora: scale by alpha / √r, which keeps the update's size as r grows.
         use_dora: train the weights' norms apart from their directions; a step costs more, a merged model nothing.
         bias: biases of the base that train too: ``"none"``, those of the adapted modules (``"lora_only"``), ``"all"``.
@@ -527,9 +528,7 @@ class LoRA(FineTuning):
             settings = LoRASettings(ranks[name], alphas[name], self.dropout, self.use_rslora)
             plan[name] = Layer(layer, settings, partial(layer.start, module, settings, self.init_lora_weights))
         new = not any(isinstance(base.root.get_submodule(name), LoRALayer) for name in names)
-        paths = inject_layers(base, plan, "LoRA", saved)
-        for parameter in _biases(base, names)[self.bias]:
-            parameter.requires_grad_(True)
+        paths = inject_layers(base, plan, "LoRA", saved, _biases(base, names)[self.bias])
         if new and (advice := rank_advice(base.root, ranks)):
             rank_zero_info(advice)
         return paths
@@ -559,7 +558,7 @@ class LoRA(FineTuning):
         alpha = Counter(s.alpha for s in settings.values()).most_common(1)[0][0]
         any_settings = next(iter(settings.values()))
         trains = {
-            kind: bool(biases) and all(parameter.requires_grad for parameter in biases)
+            kind: bool(biases) and all(base.root.get_parameter(name).requires_grad for name in biases)
             for kind, biases in _biases(base, list(layers)).items()
         }
         return {
@@ -636,14 +635,13 @@ def _that_match(patterns: Mapping[str, Any] | None, names: Sequence[str]) -> dic
     return kept or None
 
 
-def _biases(base: Base, targets: Sequence[str]) -> dict[Bias, list[nn.Parameter]]:
-    """The biases of the base that each choice of ``bias`` trains."""
-    own = {name: getattr(module, "bias", None) for name, module in base.named_modules()}
-    biases = {name: bias for name, bias in own.items() if isinstance(bias, nn.Parameter)}
+def _biases(base: Base, targets: Sequence[str]) -> dict[Bias, list[str]]:
+    """The biases of the base that each choice of ``bias`` trains, by name: as in PEFT, what is called just ``bias``."""
+    own = [name for name, module in base.named_modules() if isinstance(getattr(module, "bias", None), nn.Parameter)]
     return {
         "none": [],
-        "lora_only": [biases[name] for name in targets if name in biases],
-        "all": list(biases.values()),
+        "lora_only": [f"{name}.bias" for name in targets if name in own],
+        "all": [f"{name}.bias".lstrip(".") for name in own],
     }
 
 

@@ -391,7 +391,7 @@ def test_freezing_leaves_the_head_what_was_added_and_what_is_to_be_saved() -> No
     assert training(model) == again
     with pytest.raises(InjectionError, match=r"modules_to_save: .poler. matches no module.*pooler"):
         match_modules(base, ["poler"])
-    with pytest.raises(InjectionError, match=r"X names nothing of the base.* before with .*output"):
+    with pytest.raises(InjectionError, match=r"X trained other.*: nothing would be new, .*output.* left out"):
         freeze_base(base, "X")
     assert training(model) == again
     thaw(model)

@@ -216,6 +216,11 @@ def test_pissa_and_olora_start_and_train_as_stock_pefts(name: str, init: str, tm
     save_adapter(ours, tmp_path / "ours")
     plain = peft.PeftModel.from_pretrained(BUILDS[name](), tmp_path / "ours")
     torch.testing.assert_close(tiny.logits(plain), tiny.logits(ours), atol=1e-5, rtol=1e-5)
+    loaded = BUILDS[name]()
+    load_adapter(loaded, tmp_path / "ours")
+    with pytest.raises(InjectionError, match=rf"already carries LORA.*trains on as what it is, \(r={2 * R},"):
+        LoRA(r=R, alpha=ALPHA, target_modules=targets, init_lora_weights=init).inject(loaded)
+    assert LoRA(r=2 * R, alpha=2 * ALPHA, target_modules=targets).inject(loaded)
     # And theirs, which needs its residual made again, is loaded with it.
     theirs.save_pretrained(tmp_path / "theirs")
     again = BUILDS[name]()
@@ -382,5 +387,8 @@ def test_biases_train_as_asked_and_come_back_with_a_merge() -> None:
         LoRA(target_modules=["query"], bias=bias).inject(model)
         biases = [p for part in find_base(model).parts() for n, p in part.named_parameters() if n.endswith("bias")]
         assert sum(p.requires_grad for p in biases) == count(biases)
+        for other in {"none", "lora_only", "all"} - {bias}:
+            with pytest.raises(InjectionError, match=r"LoRA trained other parts of the base before.*\.bias"):
+                LoRA(target_modules=["query"], bias=other).inject(model)
         lightning_ft.merge(model)
         assert all(p.requires_grad for p in model.parameters())
