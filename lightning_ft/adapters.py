@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -171,34 +171,24 @@ def merge(model: nn.Module, *, reversible: bool = False, dequantize: bool = Fals
     layers = list(injected_modules(model))
     for name, layer in layers:
         for mixin in layer._mixins:
-            if mixin.acts_on != "weights":
-                what = f"the {mixin.acts_on} of '{name or type(model).__name__}'"
-                raise NotImplementedError(
-                    f"{mixin.method} can't be merged: it changes {what}, not its weights. The model can be served as it"
-                    " is; save_adapter keeps what was trained."
-                )
+            mixin.check_mergeable(name or type(model).__name__)
         _check_fold(name, layer)
-    folded: dict[str, dict[str, Tensor]] = {}
-    rounding: list[tuple[float, float]] = []
-    for name, layer in layers:
-        module: Any = layer
-        folded[name] = layer.folded(dense_weight(module))
-        if is_4bit(module) and not dequantize:
-            folded[name]["weight"], error, change = repacked(module, folded[name]["weight"])
-            rounding.append((error, change))
-    _report_drift(rounding, max_drift)
-    if not reversible:
-        forget(model)
-    with remembering(model) if reversible else nullcontext():
-        for name, layer in layers:
-            detach(model, name)
-            module = cast(Any, layer)
-            for key, value in folded[name].items():
-                if key == "weight" and is_4bit(module):
-                    set_weight(module, value)
-                else:
-                    getattr(module, key).data.copy_(value)
-        thaw(model)  # what is saved from here on is the whole model
+    with torch.no_grad():
+        packed, drift = _pack([] if dequantize else layers)
+        _report_drift(drift, max_drift)
+        if not reversible:
+            forget(model)
+        with remembering(model) if reversible else nullcontext():
+            for name, layer in layers:  # one at a time: all of them would be the model once more
+                module = cast(Any, layer)
+                folded = packed.pop(name, None) or layer.folded(dense_weight(module))
+                detach(model, name)
+                for key, value in folded.items():
+                    if key == "weight" and is_4bit(module):
+                        set_weight(module, value)
+                    else:
+                        getattr(module, key).copy_(value)
+            thaw(model)  # what is saved from here on is the whole model
     return [name for name, _ in layers]
 
 
@@ -325,6 +315,20 @@ def _check_fold(name: str, layer: Any) -> None:
                 f"'{name}' can't be merged: {type(layer).__name__} has a forward of its own, which is not W x + b, so"
                 " that its outputs would change. The model can be served as it is; save_adapter keeps what was trained."
             )
+
+
+def _pack(
+    layers: Iterable[tuple[str, Injected]],
+) -> tuple[dict[str, dict[str, Tensor]], list[tuple[float, float]]]:
+    """What is folded of the 4-bit ones among ``layers``, packed again; of each, how large error and change are."""
+    folded, rounding = {}, []
+    for name, layer in layers:
+        module: Any = layer
+        if is_4bit(module):
+            folded[name] = layer.folded(dense_weight(module))
+            folded[name]["weight"], error, change = repacked(module, folded[name]["weight"])
+            rounding.append((error, change))
+    return folded, rounding
 
 
 def _report_drift(rounding: Sequence[tuple[float, float]], max_drift: float) -> None:

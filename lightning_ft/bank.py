@@ -228,7 +228,8 @@ class Banked(Injected):
         layer = shared.active.get(path)
         return (super().forward if layer is None else layer.forward)(*args, **kwargs)  # type: ignore[misc]
 
-    def folded(self, weight: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    @classmethod
+    def check_mergeable(cls, name: str) -> None:  # noqa: ARG003
         """Refused: whose weights would it be?"""
         raise InjectionError("The model is in an AdapterBank: bank.close() first, then load_adapter() and merge().")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -240,6 +241,27 @@ def test_a_part_of_a_model_can_be_merged_alone() -> None:
     assert lightning_ft.merge(model.encoder.layer[0]) == ["attention.self.query"]
     assert {name.split(".lora")[0] for name in injected_names(model)} == {"encoder.layer.1.attention.self.query"}
     torch.testing.assert_close(model(tiny.TOKENS).last_hidden_state, before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_merge_holds_one_folded_weight_at_a_time_and_no_graph(
+    use_dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def folded(layer: Any, weight: Tensor) -> dict[str, Tensor]:
+        assert not any(one() is not None for one in made[:-1]), "all but the last, which is about to be let go of"
+        tensors = original(layer, weight)
+        assert not tensors["weight"].requires_grad
+        made.append(weakref.ref(tensors["weight"]))
+        return tensors
+
+    model = tiny.bert()
+    LoRA(r=2, use_dora=use_dora, target_modules=["query", "key"]).inject(model)
+    kind = LoRA.layers[int(use_dora)]
+    original: Any = kind.folded
+    monkeypatch.setattr(kind, "folded", folded)
+    assert len(lightning_ft.merge(model)) == len(made) == 4
 
 
 def trained_lora(*targets: str) -> Any:

@@ -61,6 +61,15 @@ class Injected:
         raise NotImplementedError
 
     @classmethod
+    def check_mergeable(cls, name: str) -> None:
+        """Raise NotImplementedError if what it adds to the module ``name`` is nothing that weights could hold."""
+        if cls.acts_on != "weights":
+            raise NotImplementedError(
+                f"{cls.method} can't be merged: it changes the {cls.acts_on} of '{name}', not its weights. The model"
+                " can be served as it is; save_adapter keeps what was trained."
+            )
+
+    @classmethod
     def file_key(cls, prefix: str, path: str, name: str) -> str:
         """The key in the files of what is called ``name`` there, of the module at ``path``."""
         return f"{prefix}{path}.{name}"

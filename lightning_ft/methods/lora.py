@@ -43,7 +43,6 @@ from lightning_ft.injection import (
     find_base,
     first_tensor,
     inject_layers,
-    is_4bit,
     is_conv1d,
     match_modules,
     resolve_targets,
@@ -406,10 +405,8 @@ _CONV: dict[Variant, type[LoRALayer]] = {"plain": LoRAConv, "dora": DoRAConv}
 
 def layer_for(module: nn.Module, variant: Variant = "plain") -> type[LoRALayer] | None:
     """The LoRA layer for this kind of module, or None."""
-    if variant != "plain" and hasattr(getattr(module, "weight", None), "quant_state"):
-        return None  # DoRA and PiSSA compute with W itself, of which 4 bits hold a packed form
     if isinstance(module, nn.Linear):
-        return None if is_4bit(module) and variant != "plain" else _LINEAR.get(variant)  # those read its weight
+        return _LINEAR.get(variant)
     forward = getattr(module, "_original", type(module)).forward
     if isinstance(module, nn.Embedding):
         return _EMBEDDING.get(variant) if forward is nn.Embedding.forward else None  # not a scaled one
@@ -518,6 +515,12 @@ class LoRA(FineTuning):
             self.layers_to_transform,
             self.layers_pattern,
         )
+        packed = [name for name in names if hasattr(base.root.get_submodule(name).weight, "quant_state")]
+        if packed and variant != "plain":
+            raise InjectionError(
+                f"DoRA, PiSSA and OLoRA compute with W itself, and '{packed[0]}' holds it packed into 4 bits. Use plain"
+                " LoRA there, or load the model without quantization."
+            )
         ranks = by_pattern("rank_pattern", self.rank_pattern, names, self.r)
         alphas = by_pattern("alpha_pattern", self.alpha_pattern, names, self.alpha)
         plan = {}
@@ -649,14 +652,15 @@ def rank_advice(root: nn.Module, ranks: Mapping[str, int]) -> str | None:
     """What to say of ranks outside 1% to 10% of their module's smaller dimension, where there are such."""
     layers: dict[str, Any] = {name: root.get_submodule(name) for name in ranks}
     sizes = {name: min(layer.lora_A.shape[1], layer.lora_B.shape[0]) for name, layer in layers.items()}
-    unusual = [name for name, r in ranks.items() if not 0.01 <= r / sizes[name] <= 0.1]
+    usual = {name: (math.ceil(size / 100), max(1, size // 10)) for name, size in sizes.items()}
+    unusual = [name for name, r in ranks.items() if not usual[name][0] <= r <= usual[name][1]]
     if not unusual:
         return None
     name = unusual[0]
-    usual = f"{max(1, math.ceil(sizes[name] / 100))} to {max(1, sizes[name] // 10)}"
+    low, high = usual[name]
     return (
         f"LoRA: r={ranks[name]} is {ranks[name] / sizes[name]:.1%} of the smaller dimension of '{name}' ({sizes[name]})"
-        f"{f' and {len(unusual) - 1} others' if len(unusual) > 1 else ''}; usual is 1% to 10%, here {usual}."
+        f"{f' and {len(unusual) - 1} others' if len(unusual) > 1 else ''}; usual is 1% to 10%, here {low} to {high}."
     )
 
 

@@ -379,6 +379,9 @@ def test_an_unusual_rank_is_advised_against_once(caplog: pytest.LogCaptureFixtur
     assert [r.message for r in caplog.records if "usual is" in r.message] == [
         "LoRA: r=8 is 16.0% of the smaller dimension of '1' (50); usual is 1% to 10%, here 1 to 5."
     ]
+    caplog.clear()
+    assert LoRA(r=1, backbone=".", target_modules=["0"]).inject(nn.Sequential(nn.Linear(8, 8)))  # there is no less
+    assert not caplog.records
 
 
 def test_biases_train_as_asked_and_come_back_with_a_merge() -> None:
