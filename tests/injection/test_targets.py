@@ -242,7 +242,6 @@ def test_the_default_is_what_is_usual_for_the_architecture(build: Callable[[], n
     ("wanted", "says"),
     [
         (["queri"], "'queri' matches no module. Near names: query"),
-        (["query", "valeu"], "'valeu' matches no module. Near names: value"),
         (["xyzxyz"], "Its modules are named: embeddings, word_embeddings"),
         (r".*\.quer", "matches no module of BertModel. Near names: query"),
     ],
@@ -251,6 +250,12 @@ def test_what_matches_nothing_is_an_error_with_near_names(wanted: Any, says: str
     with pytest.raises(InjectionError) as error:
         targets(tiny.bert(), wanted)
     assert says in str(error.value)
+
+
+def test_an_end_that_matches_nothing_beside_others_is_warned_of_with_near_names() -> None:
+    model = tiny.bert()
+    with pytest.warns(UserWarning, match="'valeu' matches no module. Near names: value"):
+        assert targets(model, ["query", "valeu"]) == targets(model, ["query"])
 
 
 @pytest.mark.parametrize(("wanted", "kind"), [(["LayerNorm"], "LayerNorm"), (r"encoder\.layer\.0", "BertLayer")])

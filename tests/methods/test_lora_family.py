@@ -320,6 +320,28 @@ def test_lora_plus_lengthens_the_steps_on_its_own_backbone_alone() -> None:
     ],
 )
 def test_patterns_mean_what_they_mean_to_peft(settings: dict[str, Any]) -> None:
+    agree_with_peft(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"target_modules": ["query", "c_attn"]}, "target_modules: 'c_attn' matches no module"),
+        (
+            {"target_modules": ["query"], "layers_to_transform": [1, 7]},
+            "no layer 7 among the targets; they lie in 0, 1",
+        ),
+        ({"target_modules": ["query"], "modules_to_save": ["pooler", "norm"]}, "modules_to_save: 'norm' matches no"),
+        ({"target_modules": ["query", "key"], "exclude_modules": ["key", "k"]}, "exclude_modules: 'k' matches no"),
+    ],
+)
+def test_what_does_nothing_beside_what_does_something_is_warned_of(settings: dict[str, Any], says: str) -> None:
+    with pytest.warns(UserWarning, match=says):
+        agree_with_peft(settings)
+
+
+def agree_with_peft(settings: dict[str, Any]) -> None:
+    """The same modules are adapted, with the same ranks and scales, and the same others train."""
     stock = peft.get_peft_model(
         tiny.bert_classifier(), peft.LoraConfig(r=R, lora_alpha=ALPHA, task_type="SEQ_CLS", **copy.deepcopy(settings))
     ).base_model.model
@@ -344,7 +366,7 @@ def test_patterns_mean_what_they_mean_to_peft(settings: dict[str, Any]) -> None:
         ({"alpha_pattern": {"value.": 4}}, "alpha_pattern: 'value.' matches none"),
         ({"exclude_modules": ["qury"]}, r"exclude_modules: 'qury' matches no module.*query"),
         ({"exclude_modules": ".*"}, "leaves out all"),
-        ({"layers_to_transform": [1, 7]}, "there is no layer 7 among the targets; they lie in 0, 1"),
+        ({"layers_to_transform": [7]}, "there is no layer 7 among the targets; they lie in 0, 1"),
         ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "no layer 0.*no numbered layers"),
         ({"layers_to_transform": [0], "target_modules": ".*query"}, "write the layers in it"),
     ],
