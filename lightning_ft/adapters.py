@@ -55,7 +55,7 @@ METHODS: tuple[type[FineTuning], ...] = (
 )  # fmt: skip
 """Every method. Those that add parameters have a room in the file format, found by ``peft_type``."""
 
-_ROOMS: dict[str, Any] = {method.peft_type: method for method in METHODS if method.layers}
+_ROOMS: dict[str, type[FineTuning]] = {method.peft_type: method for method in METHODS if method.layers}
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -116,13 +116,15 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
         ValueError: if it holds a method that isn't known here.
     """
     with torch.no_grad():
-        for file_name, place, tensor in make_room(model, directory, backbone):
+        for file_name, place, tensor in inject_from_folder(model, directory, backbone):
             place.copy_(tensor)
             if isinstance(place, nn.Parameter) and not file_name.endswith(f"{peft.OF_BASE}weight"):
                 place.requires_grad_(True)
 
 
-def make_room(model: nn.Module, directory: str | Path, backbone: str | None = None) -> list[tuple[str, Tensor, Tensor]]:
+def inject_from_folder(
+    model: nn.Module, directory: str | Path, backbone: str | None = None
+) -> list[tuple[str, Tensor, Tensor]]:
     """Inject what an adapter needs, as :func:`load_adapter`, which then fills in the values.
 
     Returns:
@@ -397,7 +399,7 @@ def _method_fields(base: Base) -> dict[str, Any]:
     return {"peft_type": "COMBINED", "methods": methods} if methods else {"peft_type": "PARTIAL"}
 
 
-def _rooms(config: Mapping[str, Any], source: str = "it") -> list[Any]:
+def _rooms(config: Mapping[str, Any], source: str = "it") -> list[type[FineTuning]]:
     """The methods that a folder's config names.
 
     Raises:
@@ -448,7 +450,7 @@ def _warn_of_new_heads(base: Base, loaded: set[int], directory: str | Path) -> N
         )
 
 
-def _targets(room: Any, tensors: Mapping[str, Tensor], base: Base, directory: str | Path) -> list[str]:
+def _targets(room: type[FineTuning], tensors: Mapping[str, Tensor], base: Base, directory: str | Path) -> list[str]:
     """The modules that the tensors of an adapter belong to, as paths in the root."""
     paths = [name for name, _ in base.root.named_modules()]
     names = [(layer, name) for layer in room.layers for name in layer.adds.values()]
@@ -462,7 +464,11 @@ def _targets(room: Any, tensors: Mapping[str, Tensor], base: Base, directory: st
 
 
 def _places(
-    model: nn.Module, base: Base, tensors: Mapping[str, Tensor], rooms: Sequence[Any], directory: str | Path
+    model: nn.Module,
+    base: Base,
+    tensors: Mapping[str, Tensor],
+    rooms: Sequence[type[FineTuning]],
+    directory: str | Path,
 ) -> list[tuple[str, Tensor, Tensor]]:
     """Each of an adapter's tensors, its name first, with the one of the model that takes its value."""
     inside = rooms[0].inside if len(rooms) == 1 else peft.INSIDE

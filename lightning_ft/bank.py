@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.adapters import make_room
+from lightning_ft.adapters import inject_from_folder
 from lightning_ft.injection import (
     Injected,
     InjectionError,
@@ -31,7 +31,7 @@ from lightning_ft.injection import (
     twin,
 )
 
-Adapter = Mapping[str, nn.Module]
+AdaptedModules = Mapping[str, nn.Module]
 """The modules that an adapter changes, by path, as it has them."""
 
 
@@ -84,7 +84,7 @@ class AdapterBank:
             raise InjectionError(f"The bank already holds an adapter '{name}': remove it first, or name this another.")
         self._refuse_injected()
         with twin(self._model) as other:
-            adapter = _layers(other, make_room(other, directory, self._backbone), directory)
+            adapter = _layers(other, inject_from_folder(other, directory, self._backbone), directory)
         with all_or_nothing(self._model):
             for path in adapter:
                 attach(self._model, path, Banked, Seat(self._shared, path), {})
@@ -139,7 +139,7 @@ class AdapterBank:
         for name in self.names:
             self.remove(name)
 
-    def _adapter(self, name: str | None) -> Adapter:
+    def _adapter(self, name: str | None) -> AdaptedModules:
         if name is None:
             return {}
         if name not in self:
@@ -157,7 +157,7 @@ class AdapterBank:
             )
 
 
-def _layers(model: nn.Module, places: Sequence[tuple[str, Tensor, Tensor]], directory: str | Path) -> Adapter:
+def _layers(model: nn.Module, places: Sequence[tuple[str, Tensor, Tensor]], directory: str | Path) -> AdaptedModules:
     """The modules of ``model``, a twin, that an adapter changes, with its values in them.
 
     Raises:
@@ -195,8 +195,8 @@ class _Shared:
     """What all modules of a bank read: its adapters, and the one in use."""
 
     def __init__(self) -> None:
-        self.adapters: dict[str, Adapter] = {}
-        self.active: Adapter = {}
+        self.adapters: dict[str, AdaptedModules] = {}
+        self.active: AdaptedModules = {}
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class Banked(Injected):
 class _Rows:
     """Whose the rows of a batch are, and, once a module was asked, how it answers them."""
 
-    def __init__(self, adapters: Sequence[Adapter], beams: int) -> None:
+    def __init__(self, adapters: Sequence[AdaptedModules], beams: int) -> None:
         self.adapters, self.beams = adapters, beams
         self.plans: dict[str, Callable[..., Any]] = {}
 

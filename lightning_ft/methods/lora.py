@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.callbacks.finetuning import FineTuning, check_choice, check_count, check_dropout, check_number
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -477,18 +477,13 @@ class LoRA(FineTuning):
     ) -> None:
         super().__init__(modules_to_save, backbone)
         for rank in (r, *(rank_pattern or {}).values()):
-            if not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"LoRA: r must be a whole number of at least 1, not {rank!r}.")
-        scales = [*(("alpha", a) for a in (alpha, *(alpha_pattern or {}).values()))]
+            check_count("LoRA: r", rank)
+        scales = [("alpha", a) for a in (alpha, *(alpha_pattern or {}).values())]
         for name, scale in (*scales, ("loraplus_lr_ratio", loraplus_lr_ratio)):
-            if not isinstance(scale, (int, float)) or not scale > 0:
-                raise ValueError(f"LoRA: {name} must be a number above 0, not {scale!r}.")
-        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise ValueError(f"LoRA: dropout must be a number in [0, 1), not {dropout!r}.")
-        choices = {"init_lora_weights": (init_lora_weights, get_args(Init)), "bias": (bias, get_args(Bias))}
-        for name, (choice, known) in choices.items():
-            if choice not in known:
-                raise ValueError(f"LoRA: {name} must be one of {', '.join(known)}, not {choice!r}.")
+            check_number(f"LoRA: {name}", scale, lambda x: x > 0, "above 0")
+        check_dropout("LoRA: dropout", dropout)
+        check_choice("LoRA: init_lora_weights", init_lora_weights, get_args(Init))
+        check_choice("LoRA: bias", bias, get_args(Bias))
         if use_dora and init_lora_weights in _PRINCIPAL:
             raise ValueError(f"LoRA: use_dora starts at the pretrained weight, and {init_lora_weights!r} splits it.")
         self.r, self.alpha, self.dropout = r, alpha, dropout

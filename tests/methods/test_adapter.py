@@ -190,6 +190,8 @@ CONFIGS = {
     "qwen3": {},
     "vit": {},
     "modernbert": {},
+    "mpnet": {},
+    "albert": {"num_hidden_groups": 2},
 }
 
 
