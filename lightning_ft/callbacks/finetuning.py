@@ -58,7 +58,8 @@ class FineTuning(Callback, ABC):
 
     Args:
         modules_to_save: parts of the base to train whole and save beside what the method adds: paths, or
-            ends of paths, of modules. A task head needs no mention.
+            ends of paths, of modules (``"norm"`` is no ``input_layernorm``, as it is to PEFT). A task head needs
+            no mention.
         backbone: path of the pretrained base in the module; found by itself where there is just one
             Hugging Face model (see :func:`lightning_ft.injection.find_base`).
     """
@@ -76,7 +77,7 @@ class FineTuning(Callback, ABC):
     """The method's name in files."""
 
     layers: ClassVar[tuple[type[Injected], ...]] = ()
-    """What it puts into a model. A method that adds something has ``to_peft`` and ``from_peft`` too."""
+    """What it puts into a model. A method that adds something overrides ``to_peft`` and ``from_peft`` too."""
 
     inside: ClassVar[str] = INSIDE
     """What stands before the names of the Hugging Face model's own tensors in the method's files."""
@@ -107,6 +108,22 @@ class FineTuning(Callback, ABC):
     def describe(self, model: nn.Module, names: Sequence[str]) -> str:
         """One line on what :meth:`inject` did to ``model``; ``names`` is what it returned."""
         return describe(model, names)
+
+    @staticmethod
+    def to_peft(layers: Mapping[str, Injected], base: Base) -> dict[str, Any]:
+        """The fields of ``adapter_config.json`` for these layers, by path."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_peft(
+        cls, config: Mapping[str, Any], targets: Sequence[str], modules_to_save: Sequence[str], backbone: str | None
+    ) -> FineTuning:
+        """The method that ``config`` describes, on the modules that its tensors belong to.
+
+        Raises:
+            ValueError: for what isn't known here.
+        """
+        raise NotImplementedError
 
     @classmethod
     def read_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG003
@@ -266,6 +283,29 @@ def _wrap_checkpoint_io(trainer: Trainer) -> None:
             lambda: trainer.lightning_module,
             lambda: [(find_base(trainer.lightning_module, m.backbone), m.record()) for m in _methods_of(trainer)],
         )
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError if ``value``, that of the argument ``name``, isn't a whole number of at least ``least``."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+
+
+def check_number(name: str, value: Any, holds: Callable[[float], bool], range_: str) -> None:
+    """Raise ValueError if ``value``, that of the argument ``name``, isn't a number for which ``holds``."""
+    if not isinstance(value, (int, float)) or not holds(value):
+        raise ValueError(f"{name} must be a number {range_}, not {value!r}.")
+
+
+def check_dropout(name: str, value: Any) -> None:
+    """Raise ValueError if ``value``, that of the argument ``name``, is no probability below 1."""
+    check_number(name, value, lambda p: 0 <= p < 1, "in [0, 1)")
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raise ValueError if ``value``, that of the argument ``name``, isn't one of ``known``."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
 
 
 def describe(model: nn.Module, names: Sequence[str]) -> str:

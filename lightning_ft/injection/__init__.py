@@ -1,6 +1,6 @@
 """Where things go in: pure torch, no Lightning, no Hugging Face import."""
 
-from lightning_ft.injection.layers import layer_depths
+from lightning_ft.injection.layers import layer_depths, layer_numbers
 from lightning_ft.injection.surgery import (
     Injected,
     Layer,
@@ -8,6 +8,7 @@ from lightning_ft.injection.surgery import (
     attach,
     bring_back,
     detach,
+    first_tensor,
     forget,
     freeze_all_but,
     freeze_base,
@@ -19,6 +20,7 @@ from lightning_ft.injection.surgery import (
     refuse_injected,
     remembering,
     thaw,
+    train_own,
     twin,
     unfreeze,
 )
@@ -49,6 +51,7 @@ __all__ = [
     "exactly",
     "find_base",
     "find_trunk",
+    "first_tensor",
     "forget",
     "freeze_all_but",
     "freeze_base",
@@ -60,12 +63,14 @@ __all__ = [
     "is_conv1d",
     "is_thawed",
     "layer_depths",
+    "layer_numbers",
     "match_modules",
     "match_names",
     "refuse_injected",
     "remembering",
     "resolve_targets",
     "thaw",
+    "train_own",
     "trunk_at",
     "twin",
     "unfreeze",

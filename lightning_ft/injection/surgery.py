@@ -21,7 +21,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.injection.targets import Base, InjectionError, is_4bit, parent_of
+from lightning_ft.injection.targets import Base, InjectionError, exactly, is_4bit, parent_of, resolve_targets
 
 _FROZEN = "_frozen_by_lightning_ft"
 _THAWED = "_thawed_by_lightning_ft"
@@ -62,6 +62,15 @@ class Injected:
             weight: the module's weight, dense.
         """
         raise NotImplementedError
+
+    @classmethod
+    def check_mergeable(cls, name: str) -> None:
+        """Raise NotImplementedError if what it adds to the module ``name`` is nothing that weights could hold."""
+        if cls.acts_on != "weights":
+            raise NotImplementedError(
+                f"{cls.method} can't be merged: it changes the {cls.acts_on} of '{name}', not its weights. The model"
+                " can be served as it is; save_adapter keeps what was trained."
+            )
 
     @classmethod
     def file_key(cls, prefix: str, path: str, name: str) -> str:
@@ -201,14 +210,16 @@ class Layer:
     start: Callable[[], Mapping[str, Tensor]]
 
 
-def inject_layers(base: Base, plan: Mapping[str, Layer], method: str, saved: Sequence[str] = ()) -> list[str]:
+def inject_layers(
+    base: Base, plan: Mapping[str, Layer], method: str, saved: Sequence[str] = (), parameters: Sequence[str] = ()
+) -> list[str]:
     """Freeze ``base`` and attach what ``plan`` says, all or nothing; doing it twice is doing it once.
 
     Args:
         base: where.
         plan: a layer for each path, relative to the base's root.
         method: the name of the method that asks, for messages and for :func:`freeze_base`.
-        saved: paths of modules to train whole.
+        saved, parameters: what of the base trains too, as for :func:`freeze_base`.
 
     Returns:
         The paths in the model that was searched.
@@ -226,12 +237,19 @@ def inject_layers(base: Base, plan: Mapping[str, Layer], method: str, saved: Seq
     new = {name: layer for name, layer in plan.items() if not carries(base.root, name, layer.mixin, layer.settings)}
     for name, layer in new.items():
         check_attachable(base.root, name, layer.mixin)
-    _refuse_tied(base.root, [name for name, layer in new.items() if layer.mixin.acts_on == "weights"], method)
+    of_weights = [name for name, layer in new.items() if layer.mixin.acts_on == "weights"]
+    _refuse_computed(base.root, of_weights, method)
+    _refuse_tied(base.root, of_weights, method)
     starts = {name: layer.start() for name, layer in new.items()}
-    freeze_base(base, method, saved)  # from here on nothing is refused, and the model changes
+    freeze_base(base, method, saved, parameters)  # from here on nothing is refused, and the model changes
     for name, layer in new.items():
         attach(base.root, name, layer.mixin, layer.settings, starts[name])
     return [base.prefixed(name) for name in plan]
+
+
+def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a module computes with: the first of the arguments of its forward, named or not, that is a tensor."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), torch.empty(0))
 
 
 def detach(model: nn.Module, name: str, mixin: type[Injected] | None = None) -> None:
@@ -289,8 +307,8 @@ def freeze_base(base: Base, method: str, saved: Sequence[str] = (), parameters: 
     gone = [name for name in before if name not in trained and name not in of_others]
     if new or gone:
         raise InjectionError(
-            f"{method} names {_few(new)} of the base, and it was fine-tuned before with {_few(gone)}. Use the same"
-            " settings (modules_to_save and the like), or merge first."
+            f"{method} trained other parts of the base before: {_few(new)} would be new, {_few(gone)} left out. Use the"
+            " same settings (modules_to_save and the like), or merge first."
         )
     if base.frozen not in record["parts"]:
         record["parts"].append(base.frozen)
@@ -305,6 +323,33 @@ def freeze_base(base: Base, method: str, saved: Sequence[str] = (), parameters: 
     unfreeze(base.root.get_submodule(name) for name in saved)
     for name in parameters:
         base.root.get_parameter(name).requires_grad_(True)
+
+
+def train_own(
+    base: Base,
+    method: str,
+    own: Callable[[nn.Module], list[str]],
+    target_modules: str | Sequence[str] | None,
+    exclude_modules: str | Sequence[str] | None,
+    saved: Sequence[str],
+) -> list[str]:
+    """:func:`freeze_base` for a method that trains some parameters of each module that it is for.
+
+    Args:
+        base: what to freeze.
+        method: who asks.
+        own: the names of those parameters in a module; none, where the method isn't for it.
+        target_modules, exclude_modules: the modules, as for :func:`resolve_targets`; by default all.
+        saved: paths of modules of its root that train whole.
+
+    Returns:
+        The modules' paths in the model that was searched.
+    """
+    targets = target_modules or exactly(name for name, module in base.named_modules() if own(module))
+    names = resolve_targets(base, targets, lambda module: bool(own(module)), saved, exclude_modules)
+    trained = [f"{name}.{key}" for name in names for key in own(base.root.get_submodule(name))]
+    freeze_base(base, method, saved, trained)
+    return [base.prefixed(name) for name in names]
 
 
 def freeze_all_but(base: Base, method: str, saved: Sequence[str] = (), parameters: Sequence[str] = ()) -> None:
@@ -522,7 +567,9 @@ def check_attachable(model: nn.Module, name: str, mixin: type[Injected]) -> None
     if rivals:
         raise InjectionError(
             f"'{name}' already carries {rivals[0].method}, and {mixin.method} would act on its {mixin.acts_on} too."
-            " Use one of the two there: name other modules, or merge or remove what is there first."
+            " Use one of the two there: name other modules, or merge or remove what is there first. An adapter that was"
+            f" loaded trains on as what it is, {getattr(module, rivals[0].slot)}: PiSSA and OLoRA are saved as a plain"
+            " LoRA of twice the rank, P-tuning as a plain prompt."
         )
     if any(type(parameter).__name__ == "DTensor" for parameter in module.parameters(recurse=False)):
         raise InjectionError(
@@ -544,6 +591,17 @@ def check_attachable(model: nn.Module, name: str, mixin: type[Injected]) -> None
             f"'{name}' can't be adapted: a forward in eval mode has packed its 4-bit weights anew for this CPU"
             " (bitsandbytes does so, and they can't train then). Inject before the first forward: load the model again."
         )
+
+
+def _refuse_computed(root: nn.Module, names: Sequence[str], method: str) -> None:
+    """A weight that is computed anew at each forward can't take up a change."""
+    for name in names:
+        if "weight" not in root.get_submodule(name)._parameters:
+            raise InjectionError(
+                f"'{name}' computes its weight from other parameters (weight_norm, spectral_norm or another"
+                f" parametrization), so that what {method} changes of it couldn't be merged. Make it a plain one first:"
+                " torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), or remove_weight_norm(module)."
+            )
 
 
 def _refuse_tied(root: nn.Module, names: Sequence[str], method: str) -> None:

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.callbacks.finetuning import FineTuning, check_count
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -284,10 +284,9 @@ class PrefixTuning(FineTuning):
         backbone: str | None = None,
     ) -> None:
         super().__init__(modules_to_save, backbone)
-        for name, value in (("num_virtual_tokens", num_virtual_tokens), ("encoder_hidden_size", encoder_hidden_size)):
-            optional = name == "encoder_hidden_size" and value is None
-            if not optional and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"PrefixTuning: {name} must be a whole number of at least 1, not {value!r}.")
+        check_count("PrefixTuning: num_virtual_tokens", num_virtual_tokens)
+        if encoder_hidden_size is not None:
+            check_count("PrefixTuning: encoder_hidden_size", encoder_hidden_size)
         if encoder_hidden_size is not None and not prefix_projection:
             raise ValueError("PrefixTuning: encoder_hidden_size is the width of prefix_projection, which is off.")
         self.num_virtual_tokens = num_virtual_tokens

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.callbacks.finetuning import FineTuning, check_choice, check_count
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -425,11 +425,9 @@ class PromptTuning(FineTuning):
         backbone: str | None = None,
     ) -> None:
         super().__init__(modules_to_save, backbone)
-        _check_count("PromptTuning", "num_virtual_tokens", num_virtual_tokens)
-        if prompt_tuning_init not in get_args(PromptInit):
-            known = ", ".join(get_args(PromptInit))
-            raise ValueError(f"PromptTuning: prompt_tuning_init must be one of {known}, not {prompt_tuning_init!r}.")
         class_names = [class_names] if isinstance(class_names, str) else class_names
+        check_count("PromptTuning: num_virtual_tokens", num_virtual_tokens)
+        check_choice("PromptTuning: prompt_tuning_init", prompt_tuning_init, get_args(PromptInit))
         given = {"prompt_tuning_init_text": prompt_tuning_init_text, "class_names": class_names}
         wants = {"TEXT": "prompt_tuning_init_text", "CLASS_NAMES": "class_names"}
         for init, argument in wants.items():
@@ -515,14 +513,11 @@ class PTuning(FineTuning):
         backbone: str | None = None,
     ) -> None:
         super().__init__(modules_to_save, backbone)
-        _check_count("PTuning", "num_virtual_tokens", num_virtual_tokens)
+        check_count("PTuning: num_virtual_tokens", num_virtual_tokens)
         if encoder_hidden_size is not None:
-            _check_count("PTuning", "encoder_hidden_size", encoder_hidden_size)
-        if encoder_reparameterization_type not in get_args(PromptEncoder):
-            raise ValueError(
-                f"PTuning: encoder_reparameterization_type must be one of {', '.join(get_args(PromptEncoder))}, not"
-                f" {encoder_reparameterization_type!r}."
-            )
+            check_count("PTuning: encoder_hidden_size", encoder_hidden_size)
+        known = get_args(PromptEncoder)
+        check_choice("PTuning: encoder_reparameterization_type", encoder_reparameterization_type, known)
         self.num_virtual_tokens = num_virtual_tokens
         self.encoder_reparameterization_type: PromptEncoder = encoder_reparameterization_type
         self.encoder_hidden_size = encoder_hidden_size
@@ -623,8 +618,3 @@ def first_prompt(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> di
     """PEFT's tensors; for an encoder-decoder it makes a prompt twice as long, and uses the first half."""
     key = PromptLayer.adds["prompt_embeddings"]
     return {**tensors, key: tensors[key][: config["num_virtual_tokens"]]} if key in tensors else dict(tensors)
-
-
-def _check_count(method: str, argument: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{method}: {argument} must be a whole number of at least 1, not {value!r}.")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_ft
-from lightning_ft import LoRA
+from lightning_ft import IA3, AdaLoRA, LoRA
 from lightning_ft.injection import (
     Injected,
     InjectionError,
@@ -189,6 +189,21 @@ def test_a_forward_that_was_replaced_on_the_instance_is_refused() -> None:
     with pytest.raises(InjectionError, match=r"'0' can't be adapted: its forward was replaced"):
         put(model, "0", Shift)
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "normed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm]
+)
+@pytest.mark.parametrize("method", [LoRA, AdaLoRA, IA3])
+def test_a_weight_that_is_computed_is_refused_with_the_cure(normed: Callable[..., nn.Module], method: Any) -> None:
+    model = nn.ModuleDict({"fc": normed(nn.Linear(4, 4))})
+    before = tree(model)
+    more = {"feedforward_modules": []} if method is IA3 else {}
+    with pytest.raises(InjectionError, match=r"'fc' computes its weight.*remove_parametrizations.*remove_weight_norm"):
+        method(target_modules=["fc"], backbone=".", **more).inject(model)
+    assert tree(model) == before
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -379,7 +394,7 @@ def test_freezing_leaves_the_head_what_was_added_and_what_is_to_be_saved() -> No
     for wrong in ("poler", ["poler"]):
         with pytest.raises(InjectionError, match=r"modules_to_save: .poler. matches no module.*pooler"):
             match_modules(base, wrong)
-    with pytest.raises(InjectionError, match=r"X names nothing of the base.* before with .*output"):
+    with pytest.raises(InjectionError, match=r"X trained other.*: nothing would be new, .*output.* left out"):
         freeze_base(base, "X")
     assert training(model) == again
     thaw(model)
