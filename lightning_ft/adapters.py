@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lightning_ft.callbacks.checkpoint_io import METADATA, complete_checkpoint
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.files import peft
-from lightning_ft.files.card import Facts
+from lightning_ft.files.card import Facts, pools_prompt
 from lightning_ft.files.state import StateError, frozen_keys, trained_state
 from lightning_ft.injection import (
     Base,
@@ -54,7 +55,7 @@ METHODS: tuple[type[FineTuning], ...] = (
 )  # fmt: skip
 """Every method. Those that add parameters have a room in the file format, found by ``peft_type``."""
 
-_ROOMS: dict[str, Any] = {method.peft_type: method for method in METHODS if method.layers}
+_ROOMS: dict[str, type[FineTuning]] = {method.peft_type: method for method in METHODS if method.layers}
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -115,13 +116,15 @@ def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None =
         ValueError: if it holds a method that isn't known here.
     """
     with torch.no_grad():
-        for file_name, place, tensor in make_room(model, directory, backbone):
+        for file_name, place, tensor in inject_from_folder(model, directory, backbone):
             place.copy_(tensor)
             if isinstance(place, nn.Parameter) and not file_name.endswith(f"{peft.OF_BASE}weight"):
                 place.requires_grad_(True)
 
 
-def make_room(model: nn.Module, directory: str | Path, backbone: str | None = None) -> list[tuple[str, Tensor, Tensor]]:
+def inject_from_folder(
+    model: nn.Module, directory: str | Path, backbone: str | None = None
+) -> list[tuple[str, Tensor, Tensor]]:
     """Inject what an adapter needs, as :func:`load_adapter`, which then fills in the values.
 
     Returns:
@@ -144,6 +147,11 @@ def make_room(model: nn.Module, directory: str | Path, backbone: str | None = No
         # A method may come back as another: P-tuning as the prompt that it computed.
         places = _places(model, base, tensors, [type(method) for method in methods], directory)
     _warn_of_new_heads(base, {id(place) for _, place, _ in places}, directory)
+    if pools_prompt(config) and "revision" in config:  # which we don't write
+        rank_zero_warn(
+            f"'{directory}' is stock PEFT's: its classifier was trained to pool virtual tokens or padding, and here it"
+            " pools the text, so that predictions differ. Train it on here."
+        )
     return places
 
 
@@ -163,39 +171,31 @@ def merge(model: nn.Module, *, reversible: bool = False, dequantize: bool = Fals
         Paths of the merged modules; none where nothing was added (head only, full fine-tuning).
 
     Raises:
-        NotImplementedError: if a method in the model can't be merged; the model is then left as it was.
+        NotImplementedError: if a method in the model can't be merged, or not into a linear layer whose forward isn't
+            ``W x + b``; the model is then left as it was.
         InjectionError: if the drift is above ``max_drift``; the model is then left as it was.
     """
     layers = list(injected_modules(model))
     for name, layer in layers:
         for mixin in layer._mixins:
-            if mixin.acts_on != "weights":
-                what = f"the {mixin.acts_on} of '{name or type(model).__name__}'"
-                raise NotImplementedError(
-                    f"{mixin.method} can't be merged: it changes {what}, not its weights. The model can be served as it"
-                    " is; save_adapter keeps what was trained."
-                )
-    folded: dict[str, dict[str, Tensor]] = {}
-    rounding: list[tuple[float, float]] = []
-    for name, layer in layers:
-        module: Any = layer
-        folded[name] = layer.folded(dense_weight(module))
-        if is_4bit(module) and not dequantize:
-            folded[name]["weight"], error, change = repacked(module, folded[name]["weight"])
-            rounding.append((error, change))
-    _report_drift(rounding, max_drift)
-    if not reversible:
-        forget(model)
-    with remembering(model) if reversible else nullcontext():
-        for name, layer in layers:
-            detach(model, name)
-            module = cast(Any, layer)
-            for key, value in folded[name].items():
-                if key == "weight" and is_4bit(module):
-                    set_weight(module, value)
-                else:
-                    getattr(module, key).data.copy_(value)
-        thaw(model)  # what is saved from here on is the whole model
+            mixin.check_mergeable(name or type(model).__name__)
+        _check_fold(name, layer)
+    with torch.no_grad():
+        packed, drift = _pack([] if dequantize else layers)
+        _report_drift(drift, max_drift)
+        if not reversible:
+            forget(model)
+        with remembering(model) if reversible else nullcontext():
+            for name, layer in layers:  # one at a time: all of them would be the model once more
+                module = cast(Any, layer)
+                folded = packed.pop(name, None) or layer.folded(dense_weight(module))
+                detach(model, name)
+                for key, value in folded.items():
+                    if key == "weight" and is_4bit(module):
+                        set_weight(module, value)
+                    else:
+                        getattr(module, key).copy_(value)
+            thaw(model)  # what is saved from here on is the whole model
     return [name for name, _ in layers]
 
 
@@ -301,6 +301,43 @@ def _method_of(record: Mapping[str, Any]) -> FineTuning:
     return known[record["method"]](**record["arguments"])
 
 
+def _check_fold(name: str, layer: Any) -> None:
+    """See, on a copy, that a linear layer with a forward of its own gives the same when it is merged.
+
+    Raises:
+        NotImplementedError: if it doesn't.
+    """
+    own_forward = layer._original.forward is not nn.Linear.forward
+    if not (isinstance(layer, nn.Linear) and own_forward) or is_4bit(layer):
+        return
+    probe: Any = copy.deepcopy(layer).eval().float()
+    x = torch.randn(4, layer.in_features, device=layer.weight.device)
+    with torch.no_grad():
+        before, folded = probe.forward(x), probe.folded(probe.weight)
+        detach(probe, "")
+        for key, value in folded.items():
+            getattr(probe, key).copy_(value)
+        if not torch.allclose(probe.forward(x), before, rtol=1e-3, atol=1e-4 * before.abs().max().item()):
+            raise NotImplementedError(
+                f"'{name}' can't be merged: {type(layer).__name__} has a forward of its own, which is not W x + b, so"
+                " that its outputs would change. The model can be served as it is; save_adapter keeps what was trained."
+            )
+
+
+def _pack(
+    layers: Iterable[tuple[str, Injected]],
+) -> tuple[dict[str, dict[str, Tensor]], list[tuple[float, float]]]:
+    """What is folded of the 4-bit ones among ``layers``, packed again; of each, how large error and change are."""
+    folded, rounding = {}, []
+    for name, layer in layers:
+        module: Any = layer
+        if is_4bit(module):
+            folded[name] = layer.folded(dense_weight(module))
+            folded[name]["weight"], error, change = repacked(module, folded[name]["weight"])
+            rounding.append((error, change))
+    return folded, rounding
+
+
 def _report_drift(rounding: Sequence[tuple[float, float]], max_drift: float) -> None:
     """Say what packing the merged 4-bit layers again costs, of each the norms of the error and of the change.
 
@@ -367,7 +404,7 @@ def _method_fields(base: Base) -> dict[str, Any]:
     return {"peft_type": "COMBINED", "methods": methods} if methods else {"peft_type": "PARTIAL"}
 
 
-def _rooms(config: Mapping[str, Any], source: str = "it") -> list[Any]:
+def _rooms(config: Mapping[str, Any], source: str = "it") -> list[type[FineTuning]]:
     """The methods that a folder's config names.
 
     Raises:
@@ -418,7 +455,7 @@ def _warn_of_new_heads(base: Base, loaded: set[int], directory: str | Path) -> N
         )
 
 
-def _targets(room: Any, tensors: Mapping[str, Tensor], base: Base, directory: str | Path) -> list[str]:
+def _targets(room: type[FineTuning], tensors: Mapping[str, Tensor], base: Base, directory: str | Path) -> list[str]:
     """The modules that the tensors of an adapter belong to, as paths in the root."""
     paths = [name for name, _ in base.root.named_modules()]
     names = [(layer, name) for layer in room.layers for name in layer.adds.values()]
@@ -432,7 +469,11 @@ def _targets(room: Any, tensors: Mapping[str, Tensor], base: Base, directory: st
 
 
 def _places(
-    model: nn.Module, base: Base, tensors: Mapping[str, Tensor], rooms: Sequence[Any], directory: str | Path
+    model: nn.Module,
+    base: Base,
+    tensors: Mapping[str, Tensor],
+    rooms: Sequence[type[FineTuning]],
+    directory: str | Path,
 ) -> list[tuple[str, Tensor, Tensor]]:
     """Each of an adapter's tensors, its name first, with the one of the model that takes its value."""
     inside = rooms[0].inside if len(rooms) == 1 else peft.INSIDE

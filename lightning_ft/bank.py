@@ -18,19 +18,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.adapters import make_room
+from lightning_ft.adapters import inject_from_folder
 from lightning_ft.injection import (
     Injected,
     InjectionError,
     all_or_nothing,
     attach,
     detach,
+    first_tensor,
     injected_modules,
     injected_names,
     twin,
 )
 
-Adapter = Mapping[str, nn.Module]
+AdaptedModules = Mapping[str, nn.Module]
 """The modules that an adapter changes, by path, as it has them."""
 
 
@@ -83,7 +84,7 @@ class AdapterBank:
             raise InjectionError(f"The bank already holds an adapter '{name}': remove it first, or name this another.")
         self._refuse_injected()
         with twin(self._model) as other:
-            adapter = _layers(other, make_room(other, directory, self._backbone), directory)
+            adapter = _layers(other, inject_from_folder(other, directory, self._backbone), directory)
         with all_or_nothing(self._model):
             for path in adapter:
                 attach(self._model, path, Banked, Seat(self._shared, path), {})
@@ -138,7 +139,7 @@ class AdapterBank:
         for name in self.names:
             self.remove(name)
 
-    def _adapter(self, name: str | None) -> Adapter:
+    def _adapter(self, name: str | None) -> AdaptedModules:
         if name is None:
             return {}
         if name not in self:
@@ -156,7 +157,7 @@ class AdapterBank:
             )
 
 
-def _layers(model: nn.Module, places: Sequence[tuple[str, Tensor, Tensor]], directory: str | Path) -> Adapter:
+def _layers(model: nn.Module, places: Sequence[tuple[str, Tensor, Tensor]], directory: str | Path) -> AdaptedModules:
     """The modules of ``model``, a twin, that an adapter changes, with its values in them.
 
     Raises:
@@ -194,8 +195,8 @@ class _Shared:
     """What all modules of a bank read: its adapters, and the one in use."""
 
     def __init__(self) -> None:
-        self.adapters: dict[str, Adapter] = {}
-        self.active: Adapter = {}
+        self.adapters: dict[str, AdaptedModules] = {}
+        self.active: AdaptedModules = {}
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,8 @@ class Banked(Injected):
         layer = shared.active.get(path)
         return (super().forward if layer is None else layer.forward)(*args, **kwargs)  # type: ignore[misc]
 
-    def folded(self, weight: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    @classmethod
+    def check_mergeable(cls, name: str) -> None:  # noqa: ARG003
         """Refused: whose weights would it be?"""
         raise InjectionError("The model is in an AdapterBank: bank.close() first, then load_adapter() and merge().")
 
@@ -241,14 +243,14 @@ class Banked(Injected):
 class _Rows:
     """Whose the rows of a batch are, and, once a module was asked, how it answers them."""
 
-    def __init__(self, adapters: Sequence[Adapter], beams: int) -> None:
+    def __init__(self, adapters: Sequence[AdaptedModules], beams: int) -> None:
         self.adapters, self.beams = adapters, beams
         self.plans: dict[str, Callable[..., Any]] = {}
 
     def answer(self, module: Any, base: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What ``module`` gives for these arguments; ``base`` is its own forward."""
         path, count = module.bank.path, len(self.adapters)
-        first = _first(args, kwargs)
+        first = torch.atleast_1d(first_tensor(args, kwargs))  # which tells the number of rows
         if len(first) not in (count, count * self.beams):
             raise InjectionError(
                 f"'{path}' got {len(first)} rows, and bank.rows() {count} names (beams={self.beams}): it takes one for"
@@ -280,12 +282,6 @@ def _kind(layer: Any, module: nn.Module) -> Any:
     return mixins[0] if len(mixins) == 1 and same else None
 
 
-def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The first tensor of them, which tells the number of rows."""
-    values = (*args, *kwargs.values())
-    return next((value for value in values if isinstance(value, Tensor) and value.ndim), torch.empty(0))
-
-
 def _forward(layer: nn.Module | None, base: Callable[..., Any]) -> Callable[..., Any]:
     return base if layer is None else layer.forward
 
@@ -302,7 +298,7 @@ def _by_layer(layers: Sequence[nn.Module | None], index: Tensor) -> Callable[...
         return value.unflatten(0, (len(index), -1))[of].flatten(0, 1)
 
     def forward(base: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        count = len(_first(args, kwargs))
+        count = len(first_tensor(args, kwargs))
         parts = [
             _forward(layer, base)(
                 *(taken(value, of, count) for value in args),

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_ft.injection import layer_depths
+from lightning_ft.injection import injected_modules, layer_depths
 
 
 class RateError(ValueError):
@@ -41,10 +41,18 @@ def parameter_groups(model: nn.Module, trunk: nn.Module, layer_decay: float = 1.
     depths = {id(trunk.get_parameter(name)): depth for name, depth in by_name.items()}
     head = max(depths.values(), default=0) + 1
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    # What methods add says so itself: LoRA's A and B stay matrices at rank 1, where IA3's (n, 1) is a vector.
+    added = {
+        id(parameter): key in mixin.as_vectors or parameter.ndim <= 1
+        for _, layer in injected_modules(model)
+        for mixin in layer._mixins
+        for key in mixin.adds
+        if (parameter := getattr(layer, key)) is not None
+    }
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        vector = sum(size > 1 for size in parameter.shape) <= 1  # also one stored as (n, 1)
+        vector = added.get(id(parameter), sum(size > 1 for size in parameter.shape) <= 1)
         depth, decays = depths.get(id(parameter), head), not vector
         if (depth, decays) not in groups:
             place = "all" if not depths else "head" if depth == head else f"layer_{depth}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lightning_ft
-from lightning_ft import HeadOnly, InjectionError, LoRA
+from lightning_ft import IA3, HeadOnly, InjectionError, LoRA
 from lightning_ft.callbacks.checkpoint_io import METADATA
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.files.state import StateError
@@ -193,6 +194,43 @@ def test_a_merge_that_one_layer_refuses_changes_none(place: str) -> None:
     assert torch.equal(model(x), out)
 
 
+class Falcon(nn.Linear):
+    """As Hugging Face's FalconLinear: W x + b in its own words."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Halved(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "merges"),
+    [
+        (Falcon, LoRA(r=2, backbone="."), True),
+        (Halved, LoRA(r=2, backbone="."), False),
+        (Halved, IA3(["0"], [], backbone="."), True),
+    ],
+)
+def test_a_linear_layer_with_its_own_forward_is_merged_if_that_keeps_its_outputs(
+    kind: Any, method: FineTuning, merges: bool
+) -> None:
+    model, x = nn.Sequential(kind(4, 4)), torch.randn(3, 4)
+    method.inject(model)
+    for name in injected_names(model):
+        nn.init.normal_(model.get_parameter(name))
+    before = model(x)
+    if merges:
+        assert lightning_ft.merge(model) == ["0"]
+    else:
+        with pytest.raises(NotImplementedError, match=r"'0' can't be merged: Halved has a forward of its own"):
+            lightning_ft.merge(model)
+        assert injected_names(model)
+    torch.testing.assert_close(model(x), before)
+
+
 def test_a_part_of_a_model_can_be_merged_alone() -> None:
     model = tiny.bert()
     LoRA(r=2, target_modules=["query"]).inject(model)
@@ -202,6 +240,27 @@ def test_a_part_of_a_model_can_be_merged_alone() -> None:
     assert lightning_ft.merge(model.encoder.layer[0]) == ["attention.self.query"]
     assert {name.split(".lora")[0] for name in injected_names(model)} == {"encoder.layer.1.attention.self.query"}
     torch.testing.assert_close(model(tiny.TOKENS).last_hidden_state, before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_merge_holds_one_folded_weight_at_a_time_and_no_graph(
+    use_dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def folded(layer: Any, weight: Tensor) -> dict[str, Tensor]:
+        assert not any(one() is not None for one in made[:-1]), "all but the last, which is about to be let go of"
+        tensors = original(layer, weight)
+        assert not tensors["weight"].requires_grad
+        made.append(weakref.ref(tensors["weight"]))
+        return tensors
+
+    model = tiny.bert()
+    LoRA(r=2, use_dora=use_dora, target_modules=["query", "key"]).inject(model)
+    kind = LoRA.layers[int(use_dora)]
+    original: Any = kind.folded
+    monkeypatch.setattr(kind, "folded", folded)
+    assert len(lightning_ft.merge(model)) == len(made) == 4
 
 
 def trained_lora(*targets: str) -> Any:

@@ -149,6 +149,50 @@ def test_rows_of_any_module_are_as_they_would_be_alone(kind: type[Classifier], t
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * super().forward(x)
+
+
+class ByName(nn.Module):
+    """A caller that names its arguments, in an order of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.fc = Scaled(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(scale=2.0, x=x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (LoRA, {"r": 2}),
+        (LoRA, {"r": 2, "use_dora": True}),
+        (AdaLoRA, {}),
+        (IA3, {"feedforward_modules": []}),
+        (IA3, {"feedforward_modules": ["fc"]}),
+        (Adapter, {"placement": "parallel"}),
+    ],
+)
+def test_arguments_may_be_named_and_more_than_one(kind: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    method = kind(target_modules=["fc"], backbone=".", **settings)
+    saved(tmp_path, {"ann": method, "ben": method}, ByName, ".")
+    model, x = ByName(), torch.randn(2, 4)
+    bank = AdapterBank(model, ".")
+    rows = []
+    for i, name in enumerate(("ann", "ben")):
+        bank.load(name, tmp_path / name)
+        one = ByName()
+        load_adapter(one, tmp_path / name, ".")
+        assert torch.equal(one(x), one.fc(x, 2.0))
+        rows.append(one(x)[i])
+    with bank.rows(["ann", "ben"]):
+        torch.testing.assert_close(model(x), torch.stack(rows))
+
+
 def test_an_encoder_and_its_decoder_have_the_same_rows(tmp_path: Path) -> None:
     methods = {"ann": LoRA(r=2), "ben": LoRA(r=2, target_modules=["q", "wo"]), "cid": IA3()}
     model, bank = banked(tmp_path, methods, tiny.t5)

@@ -89,7 +89,8 @@ def test_merging_gives_the_same_outputs_from_the_original_tree(kind: type[Classi
     assert list(module.state_dict()) == list(original.state_dict())
     for (name, ours), (_, theirs) in zip(module.named_modules(), original.named_modules(), strict=True):
         if name:  # the root has attributes of Lightning's own by now
-            assert set(vars(ours)) == set(vars(theirs)), name
+            # The base's root remembers that it was merged, so that it's evaluated as it is.
+            assert set(vars(ours)) - {"_thawed_by_lightning_ft"} == set(vars(theirs)), name
 
 
 @pytest.mark.parametrize("kind", [CNN, TorchTransformer])

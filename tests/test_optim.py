@@ -16,7 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lightning_ft import IA3, LoRA
+from lightning_ft import IA3, AdaLoRA, LoRA, PromptTuning
+from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.injection import injected_names
 from lightning_ft.optim import constant, cosine, linear, parameter_groups, scale_rates, warmup_steps
 
@@ -51,11 +52,24 @@ def test_vectors_have_no_decay_and_matrices_the_optimizers(bert: PreTrainedModel
         assert decay[id(parameter)] == (0.0 if vector else 0.3), name
 
 
-def test_a_vector_has_no_decay_whatever_its_shape(bert: PreTrainedModel) -> None:
-    IA3().inject(bert)  # its vectors are (n, 1) and (1, n), and start at one: decay would pull them to zero
+@pytest.mark.parametrize(
+    ("method", "vectors"),
+    [
+        (IA3(), {"ia3_l"}),  # (n, 1) and (1, n), which start at one: decay would pull them to zero
+        (LoRA(r=1, use_dora=True), {"lora_magnitude_vector"}),
+        (LoRA(r=2, use_dora=True), {"lora_magnitude_vector"}),
+        (AdaLoRA(init_r=2, target_r=1), {"lora_E"}),
+        (PromptTuning(1), set()),
+    ],
+)
+def test_what_is_added_decays_unless_it_is_a_vector_whatever_its_shape(
+    bert: PreTrainedModel, method: FineTuning, vectors: set[str]
+) -> None:
+    method.inject(bert)
     groups = parameter_groups(bert, bert.bert)
     decays = {id(p): "weight_decay" not in group for group in groups for p in group["params"]}
-    assert {decays[id(bert.get_parameter(name))] for name in injected_names(bert)} == {False}
+    for name in injected_names(bert):
+        assert decays[id(bert.get_parameter(name))] == (name.rpartition(".")[2] not in vectors), name
 
 
 def expected_bert_rate(name: str, lr: float, d: float, layers: int = 2) -> float:

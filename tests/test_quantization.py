@@ -141,9 +141,10 @@ def test_a_reversible_merge_brings_the_packed_weights_back(how: dict[str, Any]) 
 
 
 def test_what_reads_the_weight_itself_is_refused_on_4_bits() -> None:
-    for settings in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
-        with pytest.raises(InjectionError, match=r"can't adapt \(Linear4bit\)"):
-            LoRA(r=2, backbone=".", target_modules=["0"], **settings).inject(base())
+    for settings in ({"use_dora": True}, {"init_lora_weights": "pissa", "exclude_modules": ["3"]}):
+        with pytest.raises(InjectionError, match=r"compute with W itself, and '0' holds it packed"):
+            LoRA(r=2, backbone=".", target_modules="all-linear", **settings).inject(base())
+    assert LoRA(r=2, backbone=".", target_modules=["3"], use_dora=True).inject(base()) == ["3"]
 
 
 def test_weights_that_were_packed_anew_for_inference_are_refused() -> None:

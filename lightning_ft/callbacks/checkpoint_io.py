@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
@@ -33,27 +33,28 @@ class AdapterCheckpointIO(CheckpointIO):
     Args:
         inner: the CheckpointIO that reads and writes.
         model: returns the live LightningModule.
-        base: returns where its pretrained base is.
-        record: plain values that say which method changed the module (see :data:`METADATA`).
+        methods: returns, for each method that changes it, where its pretrained base is, and plain values that say
+            which method it is (see :data:`METADATA`).
     """
 
     def __init__(
         self,
         inner: CheckpointIO,
         model: Callable[[], nn.Module],
-        base: Callable[[], Base],
-        record: Callable[[], dict[str, Any]],
+        methods: Callable[[], Sequence[tuple[Base, dict[str, Any]]]],
     ) -> None:
         self.inner = inner
-        self._model, self._base, self.record = model, base, record
+        self._model, self._methods = model, methods
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write what was trained."""
-        frozen = frozen_keys(self._model(), self._base())
+        frozen: set[str] = set()
+        records: list[dict[str, Any]] = []
+        for base, record in self._methods():
+            if not any(_of_the_same(record, other) for other in records):
+                frozen |= frozen_keys(self._model(), base)
+                records.append({**record, "base": fingerprint(base)})
         slim = {key: trained_state(checkpoint[key], frozen) for key in _STATES if key in checkpoint}
-        own = {**self.record(), "base": fingerprint(self._base())}
-        records = [record for record in checkpoint.get(METADATA, []) if not _of_the_same(record, own)]
-        records.insert(0, own)  # the last to wrap is the first to save
         self.inner.save_checkpoint({**checkpoint, **slim, METADATA: records}, path, storage_options)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -63,7 +64,9 @@ class AdapterCheckpointIO(CheckpointIO):
             StateError: if something that trains has no value, or the base isn't the one trained over.
         """
         checkpoint = self.inner.load_checkpoint(path, *args, **kwargs)
-        return complete_checkpoint(checkpoint, self._model(), self._base(), self.record(), path)
+        for base, record in self._methods():
+            checkpoint = complete_checkpoint(checkpoint, self._model(), base, record, path)
+        return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete it."""

@@ -42,6 +42,10 @@ class Efficiency(Callback):
         self._started = time.perf_counter()
         reset_peak_memory(pl_module.device)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A fit that resumes within an epoch starts none: it counts from here."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start an epoch's count."""
         self._epoch_started, self._paused, self._samples = time.perf_counter(), 0.0, 0.0

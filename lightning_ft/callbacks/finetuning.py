@@ -4,8 +4,8 @@ hook              what happens there
 setup             inject, before configure_optimizers; or arrange that it happens after the module's
                   own setup() or configure_model(), if it overrides them
 on_fit_start      the user's optimizers get what was injected, and lose what was frozen
-on_train_epoch_   frozen BatchNorms evaluate, injected dropouts drop
-  start
+on_train_batch_   frozen BatchNorms evaluate, injected dropouts drop, for as long as the batch trains
+  start, _end
 teardown,         the module's hooks and modes are as they were
   on_exception
 """
@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from inspect import signature
+from itertools import compress
 from typing import Any, ClassVar, cast
 
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from lightning_ft.injection import (
     all_or_nothing,
     find_base,
     injected_modules,
+    is_thawed,
 )
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,8 @@ class FineTuning(Callback, ABC):
 
     A subclass has an :meth:`inject`, and arguments that are plain values, each kept under its own name. The
     module needs no base class of ours and may be built in ``__init__``, ``setup()`` or ``configure_model()``.
-    Checkpoints hold only what was trained, and resume with Lightning's own ``fit(ckpt_path=...)``.
+    Checkpoints hold all but the frozen base, and resume with Lightning's own ``fit(ckpt_path=...)``. A frozen model
+    beside the base, a teacher, is in them too: nothing tells it from one that's averaged in the module's own steps.
 
     Several methods in one Trainer work together if they act on different things (``[LoRA(), BitFit()]``): the union
     trains, in whatever order they're listed. If one of them is refused, none goes in. What a method has put into a
@@ -55,7 +58,8 @@ class FineTuning(Callback, ABC):
 
     Args:
         modules_to_save: parts of the base to train whole and save beside what the method adds: paths, or
-            ends of paths, of modules. A task head needs no mention.
+            ends of paths, of modules (``"norm"`` is no ``input_layernorm``, as it is to PEFT). A task head needs
+            no mention.
         backbone: path of the pretrained base in the module; found by itself where there is just one
             Hugging Face model (see :func:`lightning_ft.injection.find_base`).
     """
@@ -65,15 +69,15 @@ class FineTuning(Callback, ABC):
         self.modules_to_save = modules_to_save
         self.backbone = backbone
         self._told = False  # what injection did, once for fit, validate and test
-        self._modes: list[tuple[nn.Module, bool]] = []  # of the modules whose mode was changed, as they were
-        self._held: list[tuple[nn.Module, bool]] = []
+        self._held: list[tuple[nn.Module, bool]] = []  # modules with the modes that they train in
+        self._modes: list[tuple[nn.Module, bool]] = []  # those of them that had another, with it
         self._neighbours: list[FineTuning] = []
 
     peft_type: ClassVar[str]
     """The method's name in files."""
 
     layers: ClassVar[tuple[type[Injected], ...]] = ()
-    """What it puts into a model. A method that adds something has ``to_peft`` and ``from_peft`` too."""
+    """What it puts into a model. A method that adds something overrides ``to_peft`` and ``from_peft`` too."""
 
     inside: ClassVar[str] = INSIDE
     """What stands before the names of the Hugging Face model's own tensors in the method's files."""
@@ -110,6 +114,22 @@ class FineTuning(Callback, ABC):
     def finish(self, model: nn.Module) -> None:
         """Take out of a trained model what has no part in its outputs, e.g. when a checkpoint was loaded into it."""
 
+    @staticmethod
+    def to_peft(layers: Mapping[str, Injected], base: Base) -> dict[str, Any]:
+        """The fields of ``adapter_config.json`` for these layers, by path."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_peft(
+        cls, config: Mapping[str, Any], targets: Sequence[str], modules_to_save: Sequence[str], backbone: str | None
+    ) -> FineTuning:
+        """The method that ``config`` describes, on the modules that its tensors belong to.
+
+        Raises:
+            ValueError: for what isn't known here.
+        """
+        raise NotImplementedError
+
     @classmethod
     def read_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG003
         """An adapter's tensors as the method holds them, from those that PEFT wrote with ``config``."""
@@ -118,19 +138,26 @@ class FineTuning(Callback, ABC):
     # ------------------------------------------------------------------ Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Inject now, or right after the module has built itself."""
+        """Inject now, or right after the module has built itself; what was merged is evaluated as it is."""
         self._neighbours = self._refuse_others(trainer)
         hook = _last_builder(pl_module)
-        self._precede_averaging(trainer, pl_module, hook)
-        self._wrap_checkpoint_io(trainer)
+        inject = partial(self._inject, pl_module, anew=stage == "fit")
+        self._precede_averaging(trainer, inject, hook)
+        _wrap_checkpoint_io(trainer)
         if hook is None:
-            self._inject(pl_module)
+            inject()
         else:
-            _after(pl_module, hook, lambda: self._inject(pl_module))
+            _after(pl_module, hook, inject)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that the optimizers hold just what trains."""
-        _cover(pl_module, find_base(pl_module, self.backbone), trainer.optimizers)
+        """See that the optimizers hold just what trains, and that no other callback changes what doesn't."""
+        base = find_base(pl_module, self.backbone)
+        _cover(pl_module, base, trainer.optimizers)
+        if _averaging(trainer, "StochasticWeightAveraging") and _frozen_norms(base):
+            raise InjectionError(
+                "StochasticWeightAveraging takes new statistics for every BatchNorm, and those of the frozen base must"
+                " stay as they were pretrained. Average with WeightAveraging or EMAWeightAveraging."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A fit that resumes within an epoch starts none, so that its modes are found here."""
@@ -142,29 +169,39 @@ class FineTuning(Callback, ABC):
         Lightning's ``fit`` doesn't call ``.train()``, and ``requires_grad=False`` doesn't stop a BatchNorm's
         running statistics. Everything else keeps the mode that the user gave it.
         """
-        self._restore_modes()
-        frozen = (module for _, module in frozen_modules(find_base(pl_module, self.backbone)))
-        norms = [(module, False) for module in frozen if isinstance(module, _NormBase)]
+        self._restore_modes()  # a batch that a hook skips has no end
+        base = find_base(pl_module, self.backbone)
         # What acts on inputs has no dropout, and the module that it is on (a whole trunk, an attention) may have one.
         layers = [
             cast(nn.Module, layer)
-            for _, layer in injected_modules(pl_module)
+            for _, layer in injected_modules(base.root)
             if any(mixin.acts_on != "inputs" for mixin in layer._mixins)
         ]
-        self._held = [*norms, *((layer, True) for layer in layers)]
+        self._held = [*((norm, False) for norm in _frozen_norms(base)), *((layer, True) for layer in layers)]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Hold those modes, even where the module's own hooks call ``.train()``."""
+        """Give them those modes for as long as the batch trains; what must evaluate goes by no ``.train()`` in it.
+
+        Not by hooks on their forward: what torch.compile compiled earlier would pass those by.
+        """
         for module, training in self._held:
             if module.training != training:
                 self._modes.append((module, module.training))
                 module.training = training
+            if not training:
+                module.train = lambda mode=True, module=module: module  # type: ignore[method-assign, misc]  # noqa: ARG005
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Give them the user's again."""
+        self._restore_modes()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its hooks and modes back."""
         _restore_hooks(pl_module)
-        self._held = []
         self._restore_modes()
+        self._held = []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the module its hooks and modes back."""
@@ -177,24 +214,28 @@ class FineTuning(Callback, ABC):
         arguments = {name: _plain(getattr(self, name)) for name in signature(type(self)).parameters}
         return {"method": type(self).__name__, "arguments": arguments}
 
-    def _inject(self, model: nn.Module) -> None:
+    def _inject(self, model: nn.Module, anew: bool = True) -> None:
+        """Inject this method and its neighbours; unless ``anew``, not into a base that was merged."""
         # Those that add nothing first: what of the base they train is theirs, whoever trained it before.
         methods = sorted([self, *self._neighbours], key=lambda method: bool(method.layers))
+        if not anew:
+            methods = [method for method in methods if not is_thawed(find_base(model, method.backbone))]
         with all_or_nothing(model):  # where one is refused, none goes in
             touched = [method.inject(model) for method in methods]
-        if not self._told:
+        if self in methods and not self._told:
             rank_zero_info(f"{type(self).__name__}: {self.describe(model, touched[methods.index(self)])}")
-        self._told = True
+            self._told = True
 
     def _restore_modes(self) -> None:
+        for module, _ in self._held:
+            vars(module).pop("train", None)
         while self._modes:
             module, training = self._modes.pop()
             module.training = training
 
     def _refuse_others(self, trainer: Trainer) -> list[FineTuning]:
         """The other methods of this Trainer, if this one goes with them."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        methods = [c for c in callbacks if isinstance(c, FineTuning)]
+        methods = _methods_of(trainer)
         names = [type(method).__name__ for method in methods if method.backbone == self.backbone]
         alone = next((m for m in methods if m.decides_alone and m.backbone == self.backbone), None)
         if alone and len(names) > 1:
@@ -204,10 +245,10 @@ class FineTuning(Callback, ABC):
             )
         return [method for method in methods if method is not self]
 
-    def _precede_averaging(self, trainer: Trainer, pl_module: LightningModule, hook: str | None) -> None:
-        """WeightAveraging copies the module in its own setup: it must find the module injected."""
+    def _precede_averaging(self, trainer: Trainer, inject: Callable[[], None], hook: str | None) -> None:
+        """These copy the module in their own setup: they must find the module injected."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        averaging = [c for c in callbacks if any(k.__name__ == "WeightAveraging" for k in type(c).__mro__)]
+        averaging = _averaging(trainer, "WeightAveraging", "StochasticWeightAveraging")
         names = ", ".join(type(neighbour).__name__ for neighbour in averaging)
         if any(callbacks.index(neighbour) < callbacks.index(self) for neighbour in averaging):
             raise InjectionError(
@@ -215,25 +256,61 @@ class FineTuning(Callback, ABC):
             )
         if averaging and hook is not None:
             try:
-                self._inject(pl_module)
+                inject()
             except InjectionError as error:
                 raise InjectionError(
                     f"{names} copies the module before its {hook}() builds it, so that the average would"
                     f" miss what {type(self).__name__} trains. Build the model in __init__, or leave it out."
                 ) from error
 
-    def _wrap_checkpoint_io(self, trainer: Trainer) -> None:
-        io: CheckpointIO | None = trainer.strategy.checkpoint_io
-        while isinstance(io, AdapterCheckpointIO):
-            if io.record == self.record:
-                return
-            io = io.inner
+
+def _methods_of(trainer: Trainer) -> list[FineTuning]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, FineTuning)]
+
+
+def _averaging(trainer: Trainer, *kinds: str) -> list[Callback]:
+    """The callbacks of these kinds, by name: they may be ``pytorch_lightning``'s."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [c for c in callbacks if any(kind.__name__ in kinds for kind in type(c).__mro__)]
+
+
+def _frozen_norms(base: Base) -> list[_NormBase]:
+    return [module for _, module in frozen_modules(base) if isinstance(module, _NormBase)]
+
+
+def _wrap_checkpoint_io(trainer: Trainer) -> None:
+    """Have checkpoints hold what this Trainer's methods train; its callbacks may be exchanged between two fits."""
+    io = trainer.strategy.checkpoint_io
+    if not isinstance(io, AdapterCheckpointIO):
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(
-            trainer.strategy.checkpoint_io,
+            io,
             lambda: trainer.lightning_module,
-            lambda: find_base(trainer.lightning_module, self.backbone),
-            self.record,
+            lambda: [(find_base(trainer.lightning_module, m.backbone), m.record()) for m in _methods_of(trainer)],
         )
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError if ``value``, that of the argument ``name``, isn't a whole number of at least ``least``."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+
+
+def check_number(name: str, value: Any, holds: Callable[[float], bool], range_: str) -> None:
+    """Raise ValueError if ``value``, that of the argument ``name``, isn't a number for which ``holds``."""
+    if not isinstance(value, (int, float)) or not holds(value):
+        raise ValueError(f"{name} must be a number {range_}, not {value!r}.")
+
+
+def check_dropout(name: str, value: Any) -> None:
+    """Raise ValueError if ``value``, that of the argument ``name``, is no probability below 1."""
+    check_number(name, value, lambda p: 0 <= p < 1, "in [0, 1)")
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raise ValueError if ``value``, that of the argument ``name``, isn't one of ``known``."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
 
 
 def describe(model: nn.Module, names: Sequence[str]) -> str:
@@ -262,13 +339,14 @@ def _last_builder(module: LightningModule) -> str | None:
 
 
 def _after(module: LightningModule, hook: str, then: Callable[[], None]) -> None:
-    """Have ``then`` run after ``module.<hook>``, by an attribute of the instance.
+    """Have ``then`` run after ``module.<hook>``, once, by an attribute of the instance.
 
     Not ``functools.wraps``: Lightning looks through ``__wrapped__`` to tell whether a hook is overridden.
     """
     original = getattr(module, hook)
 
     def hook_then_inject(*args: Any, **kwargs: Any) -> None:
+        _restore_hooks(module)  # else a copy that is made in the fit would call this, and a pickle can't be made
         original(*args, **kwargs)
         then()
 
@@ -287,21 +365,24 @@ def _restore_hooks(module: LightningModule) -> None:
 def _cover(module: nn.Module, base: Base, optimizers: Sequence[Optimizer]) -> None:
     """Put every trained parameter of the base into an optimizer, and take its frozen ones out.
 
-    In place: schedulers hold the groups, and ``add_param_group`` after LambdaLR raises since torch 2.13.
+    In place: schedulers hold the groups, and ``add_param_group`` after LambdaLR raises since torch 2.13. An optimizer
+    that was made from ``named_parameters()`` has a list of names beside each of parameters.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     covered = {id(p) for group in groups for p in group["params"]}
-    of_base = {id(p): p for part in base.parts() for p in part.parameters()}
-    missing = [p for key, p in of_base.items() if p.requires_grad and key not in covered]
+    of_base = {id(p) for part in base.parts() for p in part.parameters()}
+    missing = {n: p for n, p in module.named_parameters() if id(p) in of_base - covered and p.requires_grad}
     if missing:
-        _group_for(missing, set(of_base), optimizers, module)["params"].extend(missing)
+        group = _group_for(missing, of_base, optimizers)
+        group["params"].extend(missing.values())
+        group.get("param_names", []).extend(missing)
     for group in groups:
-        group["params"][:] = [p for p in group["params"] if p.requires_grad or id(p) not in of_base]
+        stays = [p.requires_grad or id(p) not in of_base for p in group["params"]]
+        for key in {"params", "param_names"} & set(group):
+            group[key][:] = compress(group[key], stays)
 
 
-def _group_for(
-    missing: list[nn.Parameter], of_base: set[int], optimizers: Sequence[Optimizer], module: nn.Module
-) -> dict[str, Any]:
+def _group_for(missing: Iterable[str], of_base: set[int], optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """The group that the missing parameters join: one that trains the base, or of the only optimizer."""
 
     def groups_of_base(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -310,17 +391,17 @@ def _group_for(
     candidates = [o for o in optimizers if groups_of_base(o)] or list(optimizers)
     if len(candidates) == 1:
         return (groups_of_base(candidates[0]) or candidates[0].param_groups)[0]
-    names = [name for name, p in module.named_parameters() if any(p is m for m in missing)]
+    names = list(missing)
     raise InjectionError(
-        f"{len(missing)} trained parameters ({', '.join(names[:3])}, …) are in none of the {len(optimizers)}"
+        f"{len(names)} trained parameters ({', '.join(names[:3])}, …) are in none of the {len(optimizers)}"
         " optimizers, and which should train them is unclear. Build one in configure_optimizers() from the"
         " parameters of the base or of self, so that it sees what was injected."
     )
 
 
 def _plain(value: Any) -> Any:
-    """Tuples and other sequences as lists: checkpoints load with weights_only=True, which allows no objects."""
-    if isinstance(value, dict):
+    """Lists and dicts for all kinds of them: checkpoints load with weights_only=True, which allows no objects."""
+    if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(item) for item in value]

@@ -80,6 +80,14 @@ _NO_SETTINGS = {
 """Fields of ``adapter_config.json`` that say what an adapter is for, and not how it was set."""
 
 
+def pools_prompt(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter's predictions are other ones with stock PEFT, whose classifiers see the virtual tokens too.
+
+    BERT's then pools the first of them; GPT-2's, which finds no padding in embedded tokens, the last position.
+    """
+    return config.get("task_type") == "SEQ_CLS" and config.get("peft_type") in ("PROMPT_TUNING", "P_TUNING")
+
+
 def versions() -> dict[str, str]:
     """The versions of what an adapter is made with."""
     installed = {"lightning_ft": __version__}
@@ -124,7 +132,7 @@ def model_card(config: Mapping[str, Any], parameters: int, library: Library, fac
         f"# {method} over {over}",
         f"Fine-tuned with lightning_ft. This folder holds {parameters:,} parameters{_share(known)}.",
         _scores(known.get("scores") or ()),
-        "## Loading\n\n" + _loading(library, base, auto_class, known.get("labels")),
+        "## Loading\n\n" + _loading(library, base, auto_class, known.get("labels"), pools_prompt(config)),
         *(f"## {title}\n\n{_items(values)}" for title, values in sections.items() if values),
         "## Licence\n\nNone is named yet. Name one in the front matter (`license: ...`) before you share this; those of"
         " the base and of the data may bind you.",
@@ -180,7 +188,9 @@ def _scores(scores: Sequence[Score]) -> str:
     return "\n".join(["| test | before | after |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _loading(library: Library, base: str | None, auto_class: str | None, labels: Sequence[str] | None) -> str:
+def _loading(
+    library: Library, base: str | None, auto_class: str | None, labels: Sequence[str] | None, pools: bool
+) -> str:
     here = '"path/of/this/folder"'
     if library == "transformers":
         name = auto_class or "AutoModel"
@@ -202,7 +212,12 @@ def _loading(library: Library, base: str | None, auto_class: str | None, labels:
     ours = f"import lightning_ft\n\nlightning_ft.load_adapter(model, {here})"
     theirs = f"from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, {here})"
     texts = ["First the base:", _python(model), "Then, with lightning_ft:", _python(ours)]
-    texts += ["or with stock PEFT:", _python(theirs)] if library == "peft" else ["Stock PEFT can't load it whole."]
+    if pools:
+        texts += [
+            "Stock PEFT loads it too, but its classifier pools virtual tokens or padding, and predicts otherwise."
+        ]
+    else:
+        texts += ["or with stock PEFT:", _python(theirs)] if library == "peft" else ["Stock PEFT can't load it whole."]
     return "\n\n".join(texts)
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_ft.files.card import Facts, Library, model_card
+from lightning_ft.files.card import Facts, Library, model_card, pools_prompt
 from lightning_ft.files.state import StateError
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -81,7 +81,8 @@ def write(
     Raises:
         ValueError: if ``facts`` has a key that :class:`~lightning_ft.files.card.Facts` doesn't.
     """
-    own = config["peft_type"] in OWN_TYPES or any(key.startswith(OUTSIDE) for key in tensors)
+    outside = any(key.startswith(OUTSIDE) for key in tensors)
+    own = config["peft_type"] in OWN_TYPES or outside or pools_prompt(config)
     library: Library = "lightning_ft" if own else "peft"
     card = model_card(config, sum(tensor.numel() for tensor in tensors.values()), library, facts)
     directory = Path(directory)

@@ -34,26 +34,23 @@ def frozen_modules(base: Base) -> Iterator[tuple[str, nn.Module]]:
 
 
 def frozen_keys(model: nn.Module, base: Base) -> set[str]:
-    """The keys of ``model.state_dict()`` that the pretrained base gives back and training can't change."""
+    """The keys of ``model.state_dict()`` that the pretrained base gives back and training can't change.
+
+    What is in the base is so under whatever name: ``self.encoder = self.model.bert`` gives its tensors second ones.
+    """
     added = injected_names(model)
-    still = {id(module) for _, module in frozen_modules(base)}
-    modules = {base.prefixed(name): module for name, module in base.named_modules(remove_duplicate=False)}
-    parameters = {
-        f"{path}.{key}".lstrip("."): parameter
-        for path, module in modules.items()
-        for key, parameter in module.named_parameters(recurse=False)
-    }
-    parts = tuple(f"{path}." if (path := base.prefixed(part)) else "" for part in base.frozen)
+    still = {module for _, module in frozen_modules(base)}
+    parameters = {id(p) for _, p in base.named_parameters() if not p.requires_grad}
+    modules = dict(model.named_modules(remove_duplicate=False))
 
     def is_frozen(key: str) -> bool:
-        if key in added or not key.startswith(parts):
-            return False
-        if key in parameters:
-            return not parameters[key].requires_grad
-        owner = modules.get(key.rpartition(".")[0])  # None: a key deeper than modules go, as of packed weights
-        return owner is None or id(owner) in still
+        path, _, own = key.rpartition(".")
+        if path not in modules:  # deeper than modules go: what a packed weight consists of
+            return is_frozen(path)
+        parameter = modules[path]._parameters.get(own)
+        return modules[path] in still if parameter is None else id(parameter) in parameters
 
-    return {key for key in model.state_dict() if is_frozen(key)}
+    return {key for key in model.state_dict() if key not in added and is_frozen(key)}
 
 
 def method_keys(model: nn.Module, base: Base) -> set[str]:

@@ -1,6 +1,6 @@
 """Where things go in: pure torch, no Lightning, no Hugging Face import."""
 
-from lightning_ft.injection.layers import layer_depths
+from lightning_ft.injection.layers import layer_depths, layer_numbers
 from lightning_ft.injection.surgery import (
     Injected,
     Layer,
@@ -8,6 +8,7 @@ from lightning_ft.injection.surgery import (
     attach,
     bring_back,
     detach,
+    first_tensor,
     forget,
     freeze_all_but,
     freeze_base,
@@ -15,9 +16,11 @@ from lightning_ft.injection.surgery import (
     inject_layers,
     injected_modules,
     injected_names,
+    is_thawed,
     refuse_injected,
     remembering,
     thaw,
+    train_own,
     twin,
     unfreeze,
 )
@@ -32,7 +35,7 @@ from lightning_ft.injection.targets import (
     match_names,
     resolve_targets,
 )
-from lightning_ft.injection.trunk import Trunk, find_trunk
+from lightning_ft.injection.trunk import Trunk, VirtualTokens, find_trunk, trunk_at
 
 __all__ = [
     "Base",
@@ -40,6 +43,7 @@ __all__ = [
     "InjectionError",
     "Layer",
     "Trunk",
+    "VirtualTokens",
     "all_or_nothing",
     "attach",
     "bring_back",
@@ -47,6 +51,7 @@ __all__ = [
     "exactly",
     "find_base",
     "find_trunk",
+    "first_tensor",
     "forget",
     "freeze_all_but",
     "freeze_base",
@@ -56,13 +61,17 @@ __all__ = [
     "injected_names",
     "is_4bit",
     "is_conv1d",
+    "is_thawed",
     "layer_depths",
+    "layer_numbers",
     "match_modules",
     "match_names",
     "refuse_injected",
     "remembering",
     "resolve_targets",
     "thaw",
+    "train_own",
+    "trunk_at",
     "twin",
     "unfreeze",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -34,6 +34,18 @@ def layer_depths(root: nn.Module, parts: Sequence[str] = ("",)) -> dict[str, int
         for key, parameter in module.named_parameters(recurse=False):
             depths.setdefault(id(parameter), (f"{name}.{key}".lstrip("."), depth))
     return {name: depth for name, depth in depths.values() if name.startswith(inside)}
+
+
+def layer_numbers(root: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """The number of the layer, from 1, that each module is in, counted in its own stack; those in none are left out.
+
+    Args:
+        root: a model.
+        names: paths in it.
+    """
+    stacks = tuple(f"{stack}." for stack, _ in _stacks(root))
+    inside = {name: stack for name in names for stack in stacks if name.startswith(stack)}
+    return {name: int(name.removeprefix(stack).split(".")[0]) + 1 for name, stack in inside.items()}
 
 
 def _stacks(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.ModuleList]]:

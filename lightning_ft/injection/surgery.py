@@ -21,9 +21,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.injection.targets import Base, InjectionError, is_4bit, parent_of
+from lightning_ft.injection.targets import Base, InjectionError, exactly, is_4bit, parent_of, resolve_targets
 
 _FROZEN = "_frozen_by_lightning_ft"
+_THAWED = "_thawed_by_lightning_ft"
 _BEFORE = "_before_merge_by_lightning_ft"
 
 
@@ -40,6 +41,7 @@ class Injected:
         slot: name of the instance attribute that holds the layer's settings (a plain, comparable value).
         adds: the parameters that it adds, each with its name in PEFT's files.
         keeps: fixed tensors that it needs beside them, kept as buffers and saved in checkpoints.
+        as_vectors: those of :attr:`adds` that are vectors, though they're stored as matrices of one row or column.
     """
 
     method: ClassVar[str]
@@ -47,6 +49,7 @@ class Injected:
     slot: ClassVar[str]
     adds: ClassVar[Mapping[str, str]]
     keeps: ClassVar[tuple[str, ...]] = ()
+    as_vectors: ClassVar[tuple[str, ...]] = ()
 
     # Set on the classes that `_combine` makes.
     _mixins: ClassVar[tuple[type[Injected], ...]] = ()
@@ -59,6 +62,15 @@ class Injected:
             weight: the module's weight, dense.
         """
         raise NotImplementedError
+
+    @classmethod
+    def check_mergeable(cls, name: str) -> None:
+        """Raise NotImplementedError if what it adds to the module ``name`` is nothing that weights could hold."""
+        if cls.acts_on != "weights":
+            raise NotImplementedError(
+                f"{cls.method} can't be merged: it changes the {cls.acts_on} of '{name}', not its weights. The model"
+                " can be served as it is; save_adapter keeps what was trained."
+            )
 
     @classmethod
     def file_key(cls, prefix: str, path: str, name: str) -> str:
@@ -85,8 +97,8 @@ class Injected:
         return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # `module.to(bfloat16)`, as precision plugins call it, must not touch what is trained: in bf16 an
-        # update of 1e-4 on a weight of 0.05 is lost. Moves between devices are followed.
+        # `module.to(bfloat16)`, as precision plugins call it, must not round what is trained: in bf16 an
+        # update of 1e-4 on a weight of 0.05 is lost. fp64 and moves between devices are followed.
         own = {
             id(tensor)
             for name in _added(type(self))
@@ -94,11 +106,12 @@ class Injected:
             if tensor is not None
         }
 
-        def keep_dtype(tensor: Tensor) -> Tensor:
+        def precisely(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return tensor.to(moved.device) if id(tensor) in own and moved.dtype != tensor.dtype else moved
+            rounds = id(tensor) in own and moved.dtype.itemsize < torch.float32.itemsize
+            return tensor.to(moved.device, torch.float32) if rounds else moved
 
-        return super()._apply(keep_dtype, recurse)  # type: ignore[misc]
+        return super()._apply(precisely, recurse)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The combined class is made at run time: pickle (and deepcopy) its parts instead.
@@ -197,14 +210,16 @@ class Layer:
     start: Callable[[], Mapping[str, Tensor]]
 
 
-def inject_layers(base: Base, plan: Mapping[str, Layer], method: str, saved: Sequence[str] = ()) -> list[str]:
+def inject_layers(
+    base: Base, plan: Mapping[str, Layer], method: str, saved: Sequence[str] = (), parameters: Sequence[str] = ()
+) -> list[str]:
     """Freeze ``base`` and attach what ``plan`` says, all or nothing; doing it twice is doing it once.
 
     Args:
         base: where.
         plan: a layer for each path, relative to the base's root.
         method: the name of the method that asks, for messages and for :func:`freeze_base`.
-        saved: paths of modules to train whole.
+        saved, parameters: what of the base trains too, as for :func:`freeze_base`.
 
     Returns:
         The paths in the model that was searched.
@@ -222,12 +237,19 @@ def inject_layers(base: Base, plan: Mapping[str, Layer], method: str, saved: Seq
     new = {name: layer for name, layer in plan.items() if not carries(base.root, name, layer.mixin, layer.settings)}
     for name, layer in new.items():
         check_attachable(base.root, name, layer.mixin)
-    _refuse_tied(base.root, [name for name, layer in new.items() if layer.mixin.acts_on == "weights"], method)
+    of_weights = [name for name, layer in new.items() if layer.mixin.acts_on == "weights"]
+    _refuse_computed(base.root, of_weights, method)
+    _refuse_tied(base.root, of_weights, method)
     starts = {name: layer.start() for name, layer in new.items()}
-    freeze_base(base, method, saved)  # from here on nothing is refused, and the model changes
+    freeze_base(base, method, saved, parameters)  # from here on nothing is refused, and the model changes
     for name, layer in new.items():
         attach(base.root, name, layer.mixin, layer.settings, starts[name])
     return [base.prefixed(name) for name in plan]
+
+
+def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a module computes with: the first of the arguments of its forward, named or not, that is a tensor."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), torch.empty(0))
 
 
 def detach(model: nn.Module, name: str, mixin: type[Injected] | None = None) -> None:
@@ -252,9 +274,13 @@ def injected_modules(model: nn.Module) -> Iterator[tuple[str, Injected]]:
 
 
 def injected_names(model: nn.Module) -> set[str]:
-    """The full names of all parameters and buffers that methods added to ``model``."""
+    """The full names, all that they have, of the parameters and buffers that methods added to ``model``."""
+    modules = model.named_modules(remove_duplicate=False)
     return {
-        f"{name}.{key}" if name else key for name, module in injected_modules(model) for key in _added(type(module))
+        f"{name}.{key}".lstrip(".")
+        for name, module in modules
+        if isinstance(module, Injected)
+        for key in _added(type(module))
     }
 
 
@@ -281,8 +307,8 @@ def freeze_base(base: Base, method: str, saved: Sequence[str] = (), parameters: 
     gone = [name for name in before if name not in trained and name not in of_others]
     if new or gone:
         raise InjectionError(
-            f"{method} names {_few(new)} of the base, and it was fine-tuned before with {_few(gone)}. Use the same"
-            " settings (modules_to_save and the like), or merge first."
+            f"{method} trained other parts of the base before: {_few(new)} would be new, {_few(gone)} left out. Use the"
+            " same settings (modules_to_save and the like), or merge first."
         )
     if base.frozen not in record["parts"]:
         record["parts"].append(base.frozen)
@@ -293,9 +319,37 @@ def freeze_base(base: Base, method: str, saved: Sequence[str] = (), parameters: 
                 record["parameters"].append(name)
     record["trained"][method] = trained
     setattr(base.root, _FROZEN, record)
+    vars(base.root).pop(_THAWED, None)
     unfreeze(base.root.get_submodule(name) for name in saved)
     for name in parameters:
         base.root.get_parameter(name).requires_grad_(True)
+
+
+def train_own(
+    base: Base,
+    method: str,
+    own: Callable[[nn.Module], list[str]],
+    target_modules: str | Sequence[str] | None,
+    exclude_modules: str | Sequence[str] | None,
+    saved: Sequence[str],
+) -> list[str]:
+    """:func:`freeze_base` for a method that trains some parameters of each module that it is for.
+
+    Args:
+        base: what to freeze.
+        method: who asks.
+        own: the names of those parameters in a module; none, where the method isn't for it.
+        target_modules, exclude_modules: the modules, as for :func:`resolve_targets`; by default all.
+        saved: paths of modules of its root that train whole.
+
+    Returns:
+        The modules' paths in the model that was searched.
+    """
+    targets = target_modules or exactly(name for name, module in base.named_modules() if own(module))
+    names = resolve_targets(base, targets, lambda module: bool(own(module)), saved, exclude_modules)
+    trained = [f"{name}.{key}" for name in names for key in own(base.root.get_submodule(name))]
+    freeze_base(base, method, saved, trained)
+    return [base.prefixed(name) for name in names]
 
 
 def freeze_all_but(base: Base, method: str, saved: Sequence[str] = (), parameters: Sequence[str] = ()) -> None:
@@ -327,10 +381,17 @@ def _few(names: Iterable[str]) -> str:
 
 
 def thaw(model: nn.Module) -> None:
-    """Train again what :func:`freeze_base` had frozen in ``model``, and forget that it had."""
+    """Train again what :func:`freeze_base` had frozen in ``model``; only :func:`is_thawed` tells that it had."""
     for root in list(model.modules()):
-        for name in vars(root).pop(_FROZEN, {"parameters": []})["parameters"]:
-            root.get_parameter(name).requires_grad_(True)
+        if (record := vars(root).pop(_FROZEN, None)) is not None:
+            setattr(root, _THAWED, True)
+            for name in record["parameters"]:
+                root.get_parameter(name).requires_grad_(True)
+
+
+def is_thawed(base: Base) -> bool:
+    """Whether ``base`` was fine-tuned and is a plain model again (merged, above all), not yet to be fine-tuned anew."""
+    return _THAWED in vars(base.root)
 
 
 def frozen_parts(model: nn.Module) -> set[str]:
@@ -413,6 +474,7 @@ def bring_back(model: nn.Module) -> list[str]:
                 " merged can't come back under it. Merge that too, or load the pretrained weights again."
             )
     for name, module in changed:
+        vars(module).pop(_THAWED, None)
         vars(module).pop(_BEFORE).put_back(module)
         if isinstance(module, Injected):
             _leave_fast_path(model, name)
@@ -430,7 +492,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Take off what was injected, and thaw what was frozen, within the block if it raises."""
     carried = {module: module._mixins for _, module in injected_modules(model)}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    records = [(module, copy.deepcopy(vars(module).get(_FROZEN))) for module in model.modules()]
+    marks = (_FROZEN, _THAWED)
+    marked = [(m, copy.deepcopy({key: vars(m)[key] for key in marks if key in vars(m)})) for m in model.modules()]
     try:
         yield
     except BaseException:
@@ -438,10 +501,10 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             for mixin in module._mixins:
                 if mixin not in carried.get(module, ()):
                     detach(model, name, mixin)
-        for owner, record in records:
-            vars(owner).pop(_FROZEN, None)
-            if record is not None:
-                setattr(owner, _FROZEN, record)
+        for owner, own in marked:
+            for key in marks:
+                vars(owner).pop(key, None)
+            vars(owner).update(own)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         raise
@@ -504,7 +567,9 @@ def check_attachable(model: nn.Module, name: str, mixin: type[Injected]) -> None
     if rivals:
         raise InjectionError(
             f"'{name}' already carries {rivals[0].method}, and {mixin.method} would act on its {mixin.acts_on} too."
-            " Use one of the two there: name other modules, or merge or remove what is there first."
+            " Use one of the two there: name other modules, or merge or remove what is there first. An adapter that was"
+            f" loaded trains on as what it is, {getattr(module, rivals[0].slot)}: PiSSA and OLoRA are saved as a plain"
+            " LoRA of twice the rank, P-tuning as a plain prompt."
         )
     if any(type(parameter).__name__ == "DTensor" for parameter in module.parameters(recurse=False)):
         raise InjectionError(
@@ -526,6 +591,17 @@ def check_attachable(model: nn.Module, name: str, mixin: type[Injected]) -> None
             f"'{name}' can't be adapted: a forward in eval mode has packed its 4-bit weights anew for this CPU"
             " (bitsandbytes does so, and they can't train then). Inject before the first forward: load the model again."
         )
+
+
+def _refuse_computed(root: nn.Module, names: Sequence[str], method: str) -> None:
+    """A weight that is computed anew at each forward can't take up a change."""
+    for name in names:
+        if "weight" not in root.get_submodule(name)._parameters:
+            raise InjectionError(
+                f"'{name}' computes its weight from other parameters (weight_norm, spectral_norm or another"
+                f" parametrization), so that what {method} changes of it couldn't be merged. Make it a plain one first:"
+                " torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), or remove_weight_norm(module)."
+            )
 
 
 def _refuse_tied(root: nn.Module, names: Sequence[str], method: str) -> None:

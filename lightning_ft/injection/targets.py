@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,11 +36,10 @@ class Base:
         """The pretrained modules themselves."""
         return (self.root.get_submodule(name) for name in self.frozen)
 
-    def named_modules(self, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Every module of the pretrained parts, named relative to :attr:`root`."""
         for part in self.frozen:
-            module = self.root.get_submodule(part)
-            yield from module.named_modules(prefix=part, remove_duplicate=remove_duplicate)
+            yield from self.root.get_submodule(part).named_modules(prefix=part)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter of the pretrained parts, named relative to :attr:`root`."""
@@ -58,9 +58,9 @@ class Base:
 def find_base(model: nn.Module, backbone: str | None = None) -> Base:
     """Tell the pretrained base of ``model`` from the head that is the user's own.
 
-    If ``model`` is or holds exactly one Hugging Face ``PreTrainedModel``, its trunk (``.base_model``) and a
-    pretrained output head are the base; a newly initialised head (``classifier``, ``score``, …) and
-    everything outside are the user's. Otherwise ``backbone`` names it.
+    If ``model`` is or holds exactly one Hugging Face ``PreTrainedModel``, under whatever names, its trunk
+    (``.base_model``) and a pretrained output head are the base; a newly initialised head (``classifier``,
+    ``score``, …) and everything outside are the user's. Otherwise ``backbone`` names it.
 
     Args:
         model: any module; typically a LightningModule.
@@ -79,11 +79,16 @@ def find_base(model: nn.Module, backbone: str | None = None) -> Base:
             )
         return _base_at(model, path)
 
-    pretrained = list(_outermost(model, is_pretrained_model))
+    found = list(_outermost(model, is_pretrained_model))
+    inside = {part for _, whole in found for part in whole.modules() if part is not whole}
+    pretrained: dict[nn.Module, str] = {}
+    for name, module in found:
+        if module not in inside:  # self.encoder = self.model.bert is but a second name
+            pretrained.setdefault(module, name)
     if len(pretrained) == 1:
-        return _base_at(model, pretrained[0][0])
+        return _base_at(model, *pretrained.values())
 
-    candidates = [name for name, _ in pretrained] or [
+    candidates = list(pretrained.values()) or [
         name for name, child in model.named_children() if any(True for _ in child.parameters())
     ]
     if not candidates:
@@ -122,28 +127,19 @@ def resolve_targets(
         layers_pattern: name of the list of layers, where it isn't the first numbered one (``"layer"``, ``"h"``).
 
     Raises:
-        InjectionError: if a pattern matches nothing, or names a module that isn't supported.
+        InjectionError: if nothing matches, or what does isn't supported. A part of a list that matches nothing, beside
+            others that do, is warned of.
     """
-    excluded = tuple(excluded)
-    names = {
-        name: module
-        for name, module in base.named_modules()
-        if name and not any(name == e or name.startswith(f"{e}.") for e in excluded)
-    }
+    excluded = tuple(f"{path}." for path in excluded)
+    names = {n: module for n, module in base.named_modules() if n and not f"{n}.".startswith(excluded)}
     if target_modules is None:
         target_modules = _default_targets(base, names, supported)
-    if target_modules == "all-linear":
-        found = _all_linear(base, names, supported)
-    elif target_modules == "attention":
-        linear = _all_linear(base, names, supported)
-        found = [name for name in linear if _inside_attention(base.root, name)]
-    else:
-        found = match_names(target_modules, names)
+    if layers_to_transform is not None and isinstance(target_modules, str) and target_modules not in _SETS:
+        raise InjectionError("layers_to_transform doesn't go with a regular expression: write the layers in it.")
+
+    found = _named(target_modules, base, names, supported)
     found = _left_in(found, names, exclude_modules)
-    if layers_to_transform is not None:
-        if isinstance(target_modules, str) and target_modules not in ("all-linear", "attention"):
-            raise InjectionError("layers_to_transform doesn't go with a regular expression: write the layers in it.")
-        found = _in_layers(found, layers_to_transform, layers_pattern)
+    found = _in_layers(found, layers_to_transform, layers_pattern)
     if not found:
         raise InjectionError(
             f"target_modules={target_modules!r} matches no module of {type(base.root).__name__}."
@@ -159,6 +155,21 @@ def resolve_targets(
     return found
 
 
+_SETS = ("all-linear", "attention")
+
+
+def _named(
+    target_modules: str | Sequence[str],
+    base: Base,
+    names: dict[str, nn.Module],
+    supported: Callable[[nn.Module], bool],
+) -> list[str]:
+    if target_modules not in _SETS:
+        return match_names(target_modules, names)
+    linear = _all_linear(base, names, supported)
+    return linear if target_modules == "all-linear" else [n for n in linear if _inside_attention(base.root, n)]
+
+
 def _left_in(found: list[str], names: dict[str, nn.Module], exclude_modules: str | Sequence[str] | None) -> list[str]:
     if not exclude_modules:
         return found
@@ -170,17 +181,20 @@ def _left_in(found: list[str], names: dict[str, nn.Module], exclude_modules: str
 
 
 def _in_layers(
-    found: list[str], layers_to_transform: int | Sequence[int], layers_pattern: str | Sequence[str] | None
+    found: list[str], layers_to_transform: int | Sequence[int] | None, layers_pattern: str | Sequence[str] | None
 ) -> list[str]:
+    if layers_to_transform is None:
+        return found
     wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform)
     lists = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or [r"[^.]*"]
     layer_of = {name: int(match[1]) for name in found if (match := _layer_index(name, lists)) is not None}
     there = sorted(set(layer_of.values()))
     missing = [layer for layer in wanted if layer not in there]
     if missing:
-        raise InjectionError(
+        _refuse_or_warn(
+            len(missing) == len(wanted),
             f"layers_to_transform: there is no layer {', '.join(map(str, missing))} among the targets; they lie in"
-            f" {', '.join(map(str, there)) or 'no numbered layers'}. layers_pattern names the list of layers."
+            f" {', '.join(map(str, there)) or 'no numbered layers'}. layers_pattern names the list of layers.",
         )
     return [name for name in found if layer_of.get(name) in wanted]
 
@@ -192,13 +206,17 @@ def _layer_index(name: str, lists: Sequence[str]) -> re.Match[str] | None:
 
 
 def match_modules(base: Base, modules_to_save: Sequence[str] | None) -> list[str]:
-    """The modules of the root that ``modules_to_save`` names, by path or end of a path.
+    """The modules of the root that ``modules_to_save``, a name or several, names by path or end of a path.
+
+    Ends are whole parts of a path, as of targets: ``"norm"`` is Llama's last norm alone. PEFT goes by letters here, and
+    trains every ``input_layernorm`` with it.
 
     Raises:
-        InjectionError: if an entry names nothing.
+        InjectionError: if nothing is named. An entry that names nothing, beside others that do, is warned of.
     """
     names = [name for name, _ in base.root.named_modules() if name]
-    return _match_suffixes(modules_to_save or (), names, "modules_to_save")
+    wanted = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()
+    return _match_suffixes(wanted, names, "modules_to_save")
 
 
 def match_names(patterns: str | Sequence[str], names: Iterable[str], argument: str = "target_modules") -> list[str]:
@@ -210,7 +228,8 @@ def match_names(patterns: str | Sequence[str], names: Iterable[str], argument: s
         argument: for messages.
 
     Raises:
-        InjectionError: if an entry of a list names nothing, or the expression isn't valid.
+        InjectionError: if no entry of a list names anything, or the expression isn't valid. An entry that names
+            nothing, beside others that do, is warned of.
     """
     match = _match_regex if isinstance(patterns, str) else _match_suffixes
     return match(patterns, list(names), argument)  # type: ignore[arg-type]
@@ -303,10 +322,18 @@ def _match_regex(pattern: str, names: Sequence[str], argument: str) -> list[str]
 
 
 def _match_suffixes(patterns: Sequence[str], names: Sequence[str], argument: str) -> list[str]:
+    found = [name for name in names if any(_ends_with(name, pattern) for pattern in patterns)]
     for pattern in patterns:
-        if not any(_ends_with(name, pattern) for name in names):
-            raise InjectionError(f"{argument}: '{pattern}' matches no module. {_near(pattern, names)}")
-    return [name for name in names if any(_ends_with(name, pattern) for pattern in patterns)]
+        if not any(_ends_with(name, pattern) for name in found):
+            _refuse_or_warn(not found, f"{argument}: '{pattern}' matches no module. {_near(pattern, names)}")
+    return found
+
+
+def _refuse_or_warn(refuse: bool, message: str) -> None:
+    """A list that is written for many architectures names much that one of them hasn't; PEFT says nothing then."""
+    if refuse:
+        raise InjectionError(message)
+    warnings.warn(message, stacklevel=2)
 
 
 def _ends_with(name: str, suffix: str) -> bool:

@@ -8,14 +8,14 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ft.injection.targets import Base, InjectionError, is_pretrained_model
 
 
 @dataclass(frozen=True)
 class Trunk:
-    """What embeds tokens and encodes them: a model without its head, or the encoder of an encoder-decoder.
+    """What embeds tokens and encodes them: a model without its head, or either half of an encoder-decoder.
 
     Attributes:
         name: its path in the base's root.
@@ -77,28 +77,51 @@ class Trunk:
             )
 
 
+@dataclass(frozen=True)
+class VirtualTokens:
+    """How many virtual tokens a trunk has before those of its users, and what of it their layer needs to know."""
+
+    num_virtual_tokens: int
+    trunk: Trunk
+    encoder_hidden_size: int | None = None
+
+    def __str__(self) -> str:
+        width = "" if self.encoder_hidden_size is None else f", encoder_hidden_size={self.encoder_hidden_size}"
+        return f"(num_virtual_tokens={self.num_virtual_tokens}{width})"
+
+
 def find_trunk(base: Base, method: str) -> Trunk:
-    """The text model in ``base`` that ``method`` is to act on the inputs of.
+    """The text model in ``base`` that ``method`` is to act on the inputs of; of an encoder-decoder the encoder.
 
     Raises:
         InjectionError: if there is none.
     """
     trunk: Any = getattr(base.root, "base_model", base.root) if is_pretrained_model(base.root) else base.root
     encoder, decoder = (getattr(trunk, part, None) for part in ("encoder", "decoder"))
-    # The encoder of an encoder-decoder, or what is left of one (T5EncoderModel); BERT's own is but a stack of layers.
-    part: Any = encoder if encoder is not None and is_pretrained_model(encoder) else trunk
-    original = getattr(part, "_original", type(part))
-    arguments = tuple(signature(original.forward).parameters)[1:]
-    if not is_pretrained_model(part) or "inputs_embeds" not in arguments:
+    # The encoder of an encoder-decoder, or what is left of one (T5EncoderModel), or a decoder by itself (OPT), which
+    # heads call past what is around it; BERT's own encoder is but a stack of layers.
+    inner: Any = decoder if encoder is None else encoder
+    part: Any = inner if inner is not None and is_pretrained_model(inner) else trunk
+    if not is_pretrained_model(part) or "inputs_embeds" not in _arguments(part):
         raise InjectionError(
             f"{method} acts on the embedded tokens that go into a Hugging Face text model, and"
             f" {type(part).__name__} isn't one. Name the text model (backbone=...), or use another method."
         )
     names: dict[Any, str] = {module: name for name, module in base.root.named_modules()}
+    reads = names.get(getattr(decoder, "base_model", decoder)) if part is encoder else None
+    return trunk_at(base, names[part], reads)
+
+
+def trunk_at(base: Base, name: str, decoder: str | None = None) -> Trunk:
+    """The text model at ``name`` in ``base``, which the one at ``decoder`` reads."""
+    part: Any = base.root.get_submodule(name)
     embeddings = getattr(part, "embeddings", None)
     behind_padding = hasattr(embeddings, "create_position_ids_from_inputs_embeds")
     first = embeddings.padding_idx + 1 if behind_padding else 0  # type: ignore[union-attr]
     limit = getattr(part.config.get_text_config(), "max_position_embeddings", None)
-    return Trunk(
-        names[part], names.get(decoder) if part is encoder else None, arguments, first, limit and limit - first
-    )
+    return Trunk(name, decoder, _arguments(part), first, limit and limit - first)
+
+
+def _arguments(part: nn.Module) -> tuple[str, ...]:
+    original: Any = getattr(part, "_original", type(part))
+    return tuple(signature(original.forward).parameters)[1:]

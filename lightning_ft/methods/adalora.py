@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.callbacks.finetuning import FineTuning, check_count, check_dropout, check_number
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -34,6 +34,7 @@ from lightning_ft.injection import (
     Layer,
     exactly,
     find_base,
+    first_tensor,
     inject_layers,
     injected_modules,
     is_conv1d,
@@ -46,7 +47,9 @@ from lightning_ft.reporting import heat_map, log_figure, log_table
 
 
 def orthogonality(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``‖M Mᵀ - I‖`` (Frobenius), which is 0 if M's rows are orthonormal, and its gradient (equation 4, as in PEFT).
+    """``‖M Mᵀ - I‖`` (Frobenius), which is 0 if M's rows are orthonormal, and its gradient.
+
+    Equation 4 squares it, and sums it over all matrices. Here, as in PEFT, the penalty is the mean of the norms.
 
     Args:
         rows: M (r, n).
@@ -208,6 +211,7 @@ class AdaLoRALayer(Injected):
     acts_on = "weights"
     slot = "adalora"
     adds: ClassVar[Mapping[str, str]] = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"}
+    as_vectors = ("lora_E",)
 
     adalora: AdaLoRASettings
     lora_A: nn.Parameter  # Q: (r, in)
@@ -215,10 +219,11 @@ class AdaLoRALayer(Injected):
     lora_E: nn.Parameter  # λ: (r, 1)
     training: bool
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output plus the low-rank one; shapes are the module's."""
-        out = super().forward(input)  # type: ignore[misc]
-        x = F.dropout(input.to(self.lora_A.dtype), self.adalora.lora_dropout, self.training)
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        x = first_tensor(args, kwargs).to(self.lora_A.dtype)
+        x = F.dropout(x, self.adalora.lora_dropout, self.training)
         low_rank = F.linear(F.linear(x, self.lora_A * self.lora_E), self.lora_B)
         return out + (self.adalora.scaling * low_rank).to(out.dtype)
 
@@ -382,23 +387,19 @@ class AdaLoRA(FineTuning):
         backbone: str | None = None,
     ) -> None:
         super().__init__(modules_to_save, backbone)
-        least = {"init_r": (init_r, 1), "target_r": (target_r, 1)}
+        check_count("AdaLoRA: init_r", init_r)
+        check_count("AdaLoRA: target_r", target_r)
         steps = {"tinit": (tinit, 0), "tfinal": (tfinal, 0), "deltaT": (deltaT, 1), "total_step": (total_step, 1)}
-        for name, (count, smallest) in (least | {n: pair for n, pair in steps.items() if pair[0] is not None}).items():
-            if not isinstance(count, int) or count < smallest:
-                raise ValueError(f"AdaLoRA: {name} must be a whole number of at least {smallest}, not {count!r}.")
+        for name, (count, least) in steps.items():
+            if count is not None:
+                check_count(f"AdaLoRA: {name}", count, least)
         if target_r > init_r:
             raise ValueError(f"AdaLoRA: target_r={target_r} is above init_r={init_r}: ranks are only taken away.")
-        numbers = {
-            "alpha": (alpha, lambda x: x > 0, "above 0"),
-            "dropout": (dropout, lambda x: 0 <= x < 1, "in [0, 1)"),
-            "beta1": (beta1, lambda x: 0 < x < 1, "in (0, 1)"),
-            "beta2": (beta2, lambda x: 0 < x < 1, "in (0, 1)"),
-            "orth_reg_weight": (orth_reg_weight, lambda x: 0 <= x < math.inf, "of at least 0"),
-        }
-        for name, (value, holds, range_) in numbers.items():
-            if not isinstance(value, (int, float)) or not holds(value):
-                raise ValueError(f"AdaLoRA: {name} must be a number {range_}, not {value!r}.")
+        check_number("AdaLoRA: alpha", alpha, lambda x: x > 0, "above 0")
+        check_dropout("AdaLoRA: dropout", dropout)
+        for name, beta in {"beta1": beta1, "beta2": beta2}.items():
+            check_number(f"AdaLoRA: {name}", beta, lambda x: 0 < x < 1, "in (0, 1)")
+        check_number("AdaLoRA: orth_reg_weight", orth_reg_weight, lambda x: 0 <= x < math.inf, "of at least 0")
         self.init_r, self.target_r, self.alpha, self.dropout = init_r, target_r, alpha, dropout
         self.target_modules, self.exclude_modules = target_modules, exclude_modules
         self.layers_to_transform, self.layers_pattern = layers_to_transform, layers_pattern
@@ -543,7 +544,8 @@ class AdaLoRA(FineTuning):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the budget, the mean rank and the penalty."""
+        """See :class:`FineTuning`; log the budget, the mean rank and the penalty."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         allocator, count = self._allocator, len(self._layers)
         values: dict[str, Any] = {}
         if allocator is not None:

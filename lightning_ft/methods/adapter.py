@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.callbacks.finetuning import FineTuning, check_choice, check_count, check_dropout, check_number
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -47,10 +47,11 @@ from lightning_ft.injection import (
     detach,
     exactly,
     find_base,
+    first_tensor,
     inject_layers,
     injected_modules,
     is_conv1d,
-    layer_depths,
+    layer_numbers,
     match_modules,
     resolve_targets,
 )
@@ -120,7 +121,7 @@ class SequentialAdapter(AdapterLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own output, or the first of them, through the adapter."""
-        return _first(super().forward(*args, **kwargs), lambda h: self.with_adapter(h, h))  # type: ignore[misc]
+        return _change_first(super().forward(*args, **kwargs), lambda h: self.with_adapter(h, h))  # type: ignore[misc]
 
 
 class ParallelAdapter(AdapterLayer):
@@ -128,8 +129,8 @@ class ParallelAdapter(AdapterLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own output, or the first of them, plus the adapter's."""
-        x = args[0] if args else next(iter(kwargs.values()))
-        return _first(super().forward(*args, **kwargs), lambda h: self.with_adapter(h, x))  # type: ignore[misc]
+        x = first_tensor(args, kwargs)
+        return _change_first(super().forward(*args, **kwargs), lambda h: self.with_adapter(h, x))  # type: ignore[misc]
 
 
 class ResidualAdapter(AdapterLayer):
@@ -143,7 +144,7 @@ class ResidualAdapter(AdapterLayer):
         return super().forward(hidden_states, self.with_adapter(input_tensor, input_tensor))  # type: ignore[misc]
 
 
-def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _change_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Attention gives its weights, or more, beside its output."""
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
@@ -220,6 +221,8 @@ _ENDS = (
     ("self_attn.dense", "mlp.fc2"),  # Phi
     ("attention.o_proj", "mlp.fc2"),  # ViT
     ("attn.Wo", "mlp.Wo"),  # ModernBERT
+    ("attention.attn.o", "output.dense"),  # MPNet
+    ("attention.dense", "ffn_output"),  # ALBERT
 )
 
 
@@ -316,21 +319,17 @@ class Adapter(FineTuning):
         backbone: str | None = None,
     ) -> None:
         super().__init__(modules_to_save, backbone)
-        choices = {"placement": (placement, get_args(Placement)), "non_linearity": (non_linearity, _NON_LINEARITIES)}
-        for name, (choice, known) in choices.items():
-            if choice not in known:
-                raise ValueError(f"Adapter: {name} must be one of {', '.join(known)}, not {choice!r}.")
+        check_choice("Adapter: placement", placement, get_args(Placement))
+        check_choice("Adapter: non_linearity", non_linearity, _NON_LINEARITIES)
         if bottleneck is not None and reduction_factor is not None:
             raise ValueError("Adapter: bottleneck and reduction_factor both say the width; leave one out.")
-        if bottleneck is not None and (not isinstance(bottleneck, int) or bottleneck < 1):
-            raise ValueError(f"Adapter: bottleneck must be a whole number of at least 1, not {bottleneck!r}.")
+        if bottleneck is not None:
+            check_count("Adapter: bottleneck", bottleneck)
         for name, number in (("reduction_factor", reduction_factor), ("scaling", scaling)):
-            if number is not None and (not isinstance(number, (int, float)) or not 0 < number < math.inf):
-                raise ValueError(f"Adapter: {name} must be a number above 0, not {number!r}.")
-        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise ValueError(f"Adapter: dropout must be a number in [0, 1), not {dropout!r}.")
-        if not isinstance(adapter_drop, int) or adapter_drop < 0:
-            raise ValueError(f"Adapter: adapter_drop must be a number of layers, 0 or more, not {adapter_drop!r}.")
+            if number is not None:
+                check_number(f"Adapter: {name}", number, lambda x: 0 < x < math.inf, "above 0")
+        check_dropout("Adapter: dropout", dropout)
+        check_count("Adapter: adapter_drop", adapter_drop, least=0)
         self.placement: Placement = placement
         self.bottleneck, self.reduction_factor = bottleneck, reduction_factor
         self.non_linearity: NonLinearity = non_linearity
@@ -358,7 +357,7 @@ class Adapter(FineTuning):
             self.layers_to_transform,
             self.layers_pattern,
         )
-        highest = max(_layers(base, names).values(), default=0)
+        highest = max(layer_numbers(base.root, names).values(), default=0)
         if self.adapter_drop and self.adapter_drop >= highest:
             raise InjectionError(
                 f"adapter_drop={self.adapter_drop} would leave out all adapters: the last of them is in layer {highest}"
@@ -387,7 +386,7 @@ class Adapter(FineTuning):
         """See :class:`FineTuning`; find what AdapterDrop may leave out."""
         super().on_train_epoch_start(trainer, pl_module)
         base = find_base(pl_module, self.backbone)
-        layers = _layers(base, _adapted(base)) if self.adapter_drop else {}
+        layers = layer_numbers(base.root, _adapted(base)) if self.adapter_drop else {}
         self._droppable = [(layer, base.root.get_submodule(name)) for name, layer in layers.items()]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -449,7 +448,7 @@ def drop_adapters(model: nn.Module, n: int, backbone: str | None = None) -> list
         InjectionError: if there are no adapters in those layers.
     """
     base = find_base(model, backbone)
-    names = [name for name, layer in _layers(base, _adapted(base)).items() if layer <= n]
+    names = [name for name, layer in layer_numbers(base.root, _adapted(base)).items() if layer <= n]
     if not names:
         raise InjectionError(f"{type(model).__name__} has no adapters in its first {n} layers. Inject or load some.")
     for name in names:
@@ -459,10 +458,3 @@ def drop_adapters(model: nn.Module, n: int, backbone: str | None = None) -> list
 
 def _adapted(base: Base) -> list[str]:
     return [name for name, layer in injected_modules(base.root) if isinstance(layer, AdapterLayer)]
-
-
-def _layers(base: Base, names: Sequence[str]) -> dict[str, int]:
-    """The number of the layer, from 1, that each of these modules is in; without those that are before all layers."""
-    depths = layer_depths(base.root, base.frozen)
-    inside = {name: next((d for key, d in depths.items() if key.startswith(f"{name}.")), 0) for name in names}
-    return {name: layer for name, layer in inside.items() if layer > 0}

@@ -12,14 +12,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_ft.callbacks.finetuning import FineTuning
-from lightning_ft.injection import (
-    InjectionError,
-    exactly,
-    find_base,
-    freeze_base,
-    match_modules,
-    resolve_targets,
-)
+from lightning_ft.injection import InjectionError, find_base, match_modules, train_own
 
 
 def biases(module: nn.Module) -> list[str]:
@@ -62,14 +55,9 @@ class BitFit(FineTuning):
         """Freeze all of the base but the biases; see :meth:`FineTuning.inject`."""
         base = find_base(model, self.backbone)
         saved = match_modules(base, self.modules_to_save)
-        having = [name for name, module in base.named_modules() if biases(module)]
-        if not having:
+        if not any(biases(module) for _, module in base.named_modules()):
             raise InjectionError(
                 f"{type(base.root).__name__} has no biases that BitFit could train. LayerNormTuning and IA3 train as"
                 " few parameters, and need none."
             )
-        targets = self.target_modules or exactly(having)
-        names = resolve_targets(base, targets, lambda module: bool(biases(module)), saved, self.exclude_modules)
-        trained = [f"{name}.{bias}" for name in names for bias in biases(base.root.get_submodule(name))]
-        freeze_base(base, "BitFit", saved, trained)
-        return [base.prefixed(name) for name in names]
+        return train_own(base, "BitFit", biases, self.target_modules, self.exclude_modules, saved)

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import nn
 
-from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.callbacks.finetuning import FineTuning, check_count
 from lightning_ft.injection import Base, InjectionError, find_base, freeze_all_but, layer_depths, match_modules
 
 
@@ -39,12 +39,6 @@ def freeze_below(base: Base, method: str, saved: Sequence[str], start: int, end:
     trained = [name for name, depth in depths.items() if end is None or depth > layers - end]
     freeze_all_but(base, method, saved, trained)
     return [base.prefixed(path) for path in dict.fromkeys(name.rpartition(".")[0] for name in trained)]
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raise ValueError if ``value`` isn't a whole number of at least 1."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
 
 
 class TopLayers(FineTuning):
@@ -161,7 +155,8 @@ class GradualUnfreezing(FineTuning):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let them go."""
+        """See :class:`FineTuning`; let them go."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._let_go()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

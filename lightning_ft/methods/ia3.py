@@ -27,6 +27,7 @@ from lightning_ft.injection import (
     Layer,
     exactly,
     find_base,
+    first_tensor,
     inject_layers,
     is_conv1d,
     match_modules,
@@ -44,6 +45,7 @@ class IA3Layer(Injected):
     acts_on = "weights"
     slot = "ia3"
     adds: ClassVar[Mapping[str, str]] = {"ia3_l": "ia3_l"}
+    as_vectors = ("ia3_l",)
 
     ia3: str
     """What is rescaled: ``"output"`` or ``"input"``."""
@@ -75,9 +77,9 @@ class IA3Layer(Injected):
 class IA3Output(IA3Layer):
     """``h = l ∘ (W x + b)``, for keys and values."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) to (..., out)."""
-        out: Tensor = super().forward(input)  # type: ignore[misc]
+        out: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
         return (out * self.ia3_l.flatten()).to(out.dtype)
 
     def folded(self, weight: Tensor) -> dict[str, Tensor]:
@@ -89,22 +91,33 @@ class IA3Output(IA3Layer):
     def for_rows(cls, layers: Sequence[Any], index: Tensor) -> Callable[..., Tensor]:
         """``h_i = l_i ∘ (W x_i + b)`` for row i."""
         rescale = cls.vectors(layers, index)
-        return lambda base, input: rescale(base(input))
+        return lambda base, *args, **kwargs: rescale(base(*args, **kwargs))
 
 
 class IA3Input(IA3Layer):
     """``h = W (l ∘ x) + b``, for the second linear layer of a feed-forward block."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) to (..., out)."""
-        out: Tensor = super().forward((input * self.ia3_l.flatten()).to(input.dtype))  # type: ignore[misc]
-        return out
+        return _with_input(lambda x: (x * self.ia3_l.flatten()).to(x.dtype), super().forward, args, kwargs)  # type: ignore[misc]
 
     @classmethod
     def for_rows(cls, layers: Sequence[Any], index: Tensor) -> Callable[..., Tensor]:
         """``h_i = W (l_i ∘ x_i) + b`` for row i."""
         rescale = cls.vectors(layers, index)
-        return lambda base, input: base(rescale(input))
+        return lambda base, *args, **kwargs: _with_input(rescale, base, args, kwargs)
+
+
+def _with_input(
+    change: Callable[[Tensor], Tensor], forward: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
+    """What ``forward`` gives for these arguments with its input changed, whether that is named or not."""
+    x = first_tensor(args, kwargs)
+    changed = change(x)
+    return forward(
+        *(changed if value is x else value for value in args),
+        **{key: changed if value is x else value for key, value in kwargs.items()},
+    )
 
 
 def sizes(module: Any) -> tuple[int, int]:

@@ -12,14 +12,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_ft.callbacks.finetuning import FineTuning
-from lightning_ft.injection import (
-    InjectionError,
-    exactly,
-    find_base,
-    freeze_base,
-    match_modules,
-    resolve_targets,
-)
+from lightning_ft.injection import InjectionError, find_base, match_modules, train_own
 
 
 def vectors(module: nn.Module) -> list[str]:
@@ -62,11 +55,6 @@ class LayerNormTuning(FineTuning):
         """Freeze all of the base but the norms; see :meth:`FineTuning.inject`."""
         base = find_base(model, self.backbone)
         saved = match_modules(base, self.modules_to_save)
-        norms = [name for name, module in base.named_modules() if vectors(module)]
-        if not norms:
+        if not any(vectors(module) for _, module in base.named_modules()):
             raise InjectionError(f"{type(base.root).__name__} has no layer, RMS or group norms with weights to train.")
-        targets = self.target_modules or exactly(norms)
-        names = resolve_targets(base, targets, lambda module: bool(vectors(module)), saved, self.exclude_modules)
-        trained = [f"{name}.{vector}" for name in names for vector in vectors(base.root.get_submodule(name))]
-        freeze_base(base, "LayerNormTuning", saved, trained)
-        return [base.prefixed(name) for name in names]
+        return train_own(base, "LayerNormTuning", vectors, self.target_modules, self.exclude_modules, saved)

@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.callbacks.finetuning import FineTuning, check_choice, check_count, check_dropout, check_number
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -41,8 +41,8 @@ from lightning_ft.injection import (
     Layer,
     exactly,
     find_base,
+    first_tensor,
     inject_layers,
-    is_4bit,
     is_conv1d,
     match_modules,
     resolve_targets,
@@ -89,11 +89,11 @@ class LoRALayer(Injected):
     weight: Tensor
     training: bool
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output plus the low-rank one; shapes are the module's."""
-        out = super().forward(input)  # type: ignore[misc]
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
         # The adapter computes in its own precision, fp32 unless autocast says otherwise.
-        return out + (self.lora.scaling * self.low_rank(input)).to(out.dtype)
+        return out + (self.lora.scaling * self.low_rank(first_tensor(args, kwargs))).to(out.dtype)
 
     def low_rank(self, x: Tensor) -> Tensor:
         """``B A dropout(x)``: (..., in) to (..., out)."""
@@ -149,9 +149,9 @@ class LoRALinear(LoRALayer):
         # Zeros fill smaller ranks up: they add nothing.
         a, b = (pad_sequence(list(side), batch_first=True)[index] for side in zip(*pairs, strict=True))
 
-        def forward(base: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-            out = base(input)
-            x = input.to(a.dtype).reshape(len(index), -1, input.shape[-1])
+        def forward(base: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            out, x = base(*args, **kwargs), first_tensor(args, kwargs)
+            x = x.to(a.dtype).reshape(len(index), -1, x.shape[-1])
             low_rank = torch.bmm(torch.bmm(x, a.mT), b)  # (rows, tokens, out)
             return out.add_(low_rank.view(out.shape))  # in place: another copy of it would cost more than the product
 
@@ -233,12 +233,14 @@ class DoRALayer(LoRALayer):
     The norm is a constant in the backward pass, as in section 4.3 of the paper. Dropout is on the low-rank part alone.
     """
 
+    as_vectors = ("lora_magnitude_vector",)
+
     lora_magnitude_vector: nn.Parameter  # m: (out,), for convolutions (1, out, 1, …)
     bias: Tensor | None
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """LoRA's output, without the bias times ``m / ‖W + s B A‖``."""
-        out = super().forward(input)
+        out = super().forward(*args, **kwargs)
         bias = getattr(self, "bias", None)
         unbiased = out if bias is None else out - self.spread(bias, self.weight.ndim)
         # As a difference, so that outputs are the base's to the bit as long as the ratio is 1.
@@ -255,8 +257,8 @@ class DoRALayer(LoRALayer):
         ratios = [torch.ones_like(some) if layer is None else layer.ratio(layer.weight) for layer in layers]
         more = torch.stack(ratios)[index] - 1  # (rows, out)
 
-        def forward(base: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-            out = lora(base, input)
+        def forward(base: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            out = lora(base, *args, **kwargs)
             unbiased = (out if bias is None else out - bias).view(len(index), -1, out.shape[-1])
             return out + (more[:, None] * unbiased).view(out.shape).to(out.dtype)
 
@@ -342,8 +344,17 @@ class ResidualLayer(LoRALayer):
 
     @classmethod
     def start(cls, module: Any, settings: LoRASettings, init: Init) -> dict[str, Tensor]:
-        """A = A₀ and B = B₀, such that ``s B₀ A₀`` is the best approximation of W of that rank, or its Q R."""
+        """A = A₀ and B = B₀, such that ``s B₀ A₀`` is the best approximation of W of that rank, or its Q R.
+
+        Raises:
+            InjectionError: if W has fewer ranks than r.
+        """
         weight = module.weight.detach().float()
+        if settings.r > min(weight.shape):
+            raise InjectionError(
+                f"init_lora_weights='{init}' takes a weight of {' x '.join(map(str, weight.shape))} apart, which has no"
+                f" {settings.r} ranks. Use r={min(weight.shape)} at most (rank_pattern, for such modules alone)."
+            )
         a, b = _PRINCIPAL[init](weight.T if cls.out_axis else weight, settings.r)
         share = settings.scaling**-0.5  # of s in each
         a, b = (a * share, b * share) if init == "pissa" else (a, b)
@@ -396,16 +407,15 @@ _CONV: dict[Variant, type[LoRALayer]] = {"plain": LoRAConv, "dora": DoRAConv}
 
 def layer_for(module: nn.Module, variant: Variant = "plain") -> type[LoRALayer] | None:
     """The LoRA layer for this kind of module, or None."""
-    if variant != "plain" and hasattr(getattr(module, "weight", None), "quant_state"):
-        return None  # DoRA and PiSSA compute with W itself, of which 4 bits hold a packed form
     if isinstance(module, nn.Linear):
-        return None if is_4bit(module) and variant != "plain" else _LINEAR.get(variant)  # those read its weight
+        return _LINEAR.get(variant)
+    forward = getattr(module, "_original", type(module)).forward
     if isinstance(module, nn.Embedding):
-        # One with a forward of its own (a scaled one) does more than look rows up.
-        original = getattr(module, "_original", type(module))
-        return _EMBEDDING.get(variant) if original.forward is nn.Embedding.forward else None
+        return _EMBEDDING.get(variant) if forward is nn.Embedding.forward else None  # not a scaled one
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return _CONV.get(variant) if module.groups == 1 else None  # across groups there's no low rank to speak of
+        # Not one that pads in a forward of its own; and across groups there's no low rank to speak of.
+        plain = forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward) and module.groups == 1
+        return _CONV.get(variant) if plain else None
     return _CONV1D.get(variant) if is_conv1d(module) else None
 
 
@@ -428,7 +438,8 @@ class LoRA(FineTuning):
         rank_pattern, alpha_pattern: other values of ``r`` and ``alpha`` for modules whose path, or the end of it,
             matches a regular expression: ``{"layer.0.*query": 16}``. The first that matches counts.
         init_lora_weights: how A starts: ``"kaiming"`` (uniform, as PEFT does by default) or ``"gaussian"`` (std 1/r),
-            B at zero. Or both from W: ``"pissa"`` (its r largest singular values), ``"olora"`` (its QR decomposition).
+            B at zero. Or both from W: ``"pissa"`` (its r largest singular values), ``"olora"`` (its QR decomposition);
+            these two are saved as a plain LoRA of twice the rank: one that was loaded trains on with ``LoRA(r=2 * r)``.
         use_rslora: scale by alpha / √r, which keeps the update's size as r grows.
         use_dora: train the weights' norms apart from their directions; a step costs more, a merged model nothing.
         bias: biases of the base that train too: ``"none"``, those of the adapted modules (``"lora_only"``), ``"all"``.
@@ -467,18 +478,13 @@ class LoRA(FineTuning):
     ) -> None:
         super().__init__(modules_to_save, backbone)
         for rank in (r, *(rank_pattern or {}).values()):
-            if not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"LoRA: r must be a whole number of at least 1, not {rank!r}.")
-        scales = [*(("alpha", a) for a in (alpha, *(alpha_pattern or {}).values()))]
+            check_count("LoRA: r", rank)
+        scales = [("alpha", a) for a in (alpha, *(alpha_pattern or {}).values())]
         for name, scale in (*scales, ("loraplus_lr_ratio", loraplus_lr_ratio)):
-            if not isinstance(scale, (int, float)) or not scale > 0:
-                raise ValueError(f"LoRA: {name} must be a number above 0, not {scale!r}.")
-        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise ValueError(f"LoRA: dropout must be a number in [0, 1), not {dropout!r}.")
-        choices = {"init_lora_weights": (init_lora_weights, get_args(Init)), "bias": (bias, get_args(Bias))}
-        for name, (choice, known) in choices.items():
-            if choice not in known:
-                raise ValueError(f"LoRA: {name} must be one of {', '.join(known)}, not {choice!r}.")
+            check_number(f"LoRA: {name}", scale, lambda x: x > 0, "above 0")
+        check_dropout("LoRA: dropout", dropout)
+        check_choice("LoRA: init_lora_weights", init_lora_weights, get_args(Init))
+        check_choice("LoRA: bias", bias, get_args(Bias))
         if use_dora and init_lora_weights in _PRINCIPAL:
             raise ValueError(f"LoRA: use_dora starts at the pretrained weight, and {init_lora_weights!r} splits it.")
         self.r, self.alpha, self.dropout = r, alpha, dropout
@@ -505,6 +511,12 @@ class LoRA(FineTuning):
             self.layers_to_transform,
             self.layers_pattern,
         )
+        packed = [name for name in names if hasattr(base.root.get_submodule(name).weight, "quant_state")]
+        if packed and variant != "plain":
+            raise InjectionError(
+                f"DoRA, PiSSA and OLoRA compute with W itself, and '{packed[0]}' holds it packed into 4 bits. Use plain"
+                " LoRA there, or load the model without quantization."
+            )
         ranks = by_pattern("rank_pattern", self.rank_pattern, names, self.r)
         alphas = by_pattern("alpha_pattern", self.alpha_pattern, names, self.alpha)
         plan = {}
@@ -515,9 +527,7 @@ class LoRA(FineTuning):
             settings = LoRASettings(ranks[name], alphas[name], self.dropout, self.use_rslora)
             plan[name] = Layer(layer, settings, partial(layer.start, module, settings, self.init_lora_weights))
         new = not any(isinstance(base.root.get_submodule(name), LoRALayer) for name in names)
-        paths = inject_layers(base, plan, "LoRA", saved)
-        for parameter in _biases(base, names)[self.bias]:
-            parameter.requires_grad_(True)
+        paths = inject_layers(base, plan, "LoRA", saved, _biases(base, names)[self.bias])
         if new and (advice := rank_advice(base.root, ranks)):
             rank_zero_info(advice)
         return paths
@@ -526,7 +536,8 @@ class LoRA(FineTuning):
         """See :class:`FineTuning`; with LoRA+, B takes longer steps from here on."""
         super().on_fit_start(trainer, pl_module)
         if self.loraplus_lr_ratio != 1:
-            own = [m for m in pl_module.modules() if isinstance(m, LoRALayer)]
+            base = find_base(pl_module, self.backbone)  # another LoRA may be on another one
+            own = [m for _, m in base.named_modules() if isinstance(m, LoRALayer)]
             for optimizer in trainer.optimizers:
                 self._hooks += lengthen_steps(optimizer, [layer.lora_B for layer in own], self.loraplus_lr_ratio)
 
@@ -546,7 +557,7 @@ class LoRA(FineTuning):
         alpha = Counter(s.alpha for s in settings.values()).most_common(1)[0][0]
         any_settings = next(iter(settings.values()))
         trains = {
-            kind: bool(biases) and all(parameter.requires_grad for parameter in biases)
+            kind: bool(biases) and all(base.root.get_parameter(name).requires_grad for name in biases)
             for kind, biases in _biases(base, list(layers)).items()
         }
         return {
@@ -623,14 +634,13 @@ def _that_match(patterns: Mapping[str, Any] | None, names: Sequence[str]) -> dic
     return kept or None
 
 
-def _biases(base: Base, targets: Sequence[str]) -> dict[Bias, list[nn.Parameter]]:
-    """The biases of the base that each choice of ``bias`` trains."""
-    own = {name: getattr(module, "bias", None) for name, module in base.named_modules()}
-    biases = {name: bias for name, bias in own.items() if isinstance(bias, nn.Parameter)}
+def _biases(base: Base, targets: Sequence[str]) -> dict[Bias, list[str]]:
+    """The biases of the base that each choice of ``bias`` trains, by name: as in PEFT, what is called just ``bias``."""
+    own = [name for name, module in base.named_modules() if isinstance(getattr(module, "bias", None), nn.Parameter)]
     return {
         "none": [],
-        "lora_only": [biases[name] for name in targets if name in biases],
-        "all": list(biases.values()),
+        "lora_only": [f"{name}.bias" for name in targets if name in own],
+        "all": [f"{name}.bias".lstrip(".") for name in own],
     }
 
 
@@ -638,14 +648,15 @@ def rank_advice(root: nn.Module, ranks: Mapping[str, int]) -> str | None:
     """What to say of ranks outside 1% to 10% of their module's smaller dimension, where there are such."""
     layers: dict[str, Any] = {name: root.get_submodule(name) for name in ranks}
     sizes = {name: min(layer.lora_A.shape[1], layer.lora_B.shape[0]) for name, layer in layers.items()}
-    unusual = [name for name, r in ranks.items() if not 0.01 <= r / sizes[name] <= 0.1]
+    usual = {name: (math.ceil(size / 100), max(1, size // 10)) for name, size in sizes.items()}
+    unusual = [name for name, r in ranks.items() if not usual[name][0] <= r <= usual[name][1]]
     if not unusual:
         return None
     name = unusual[0]
-    usual = f"{max(1, math.ceil(sizes[name] / 100))} to {max(1, sizes[name] // 10)}"
+    low, high = usual[name]
     return (
         f"LoRA: r={ranks[name]} is {ranks[name] / sizes[name]:.1%} of the smaller dimension of '{name}' ({sizes[name]})"
-        f"{f' and {len(unusual) - 1} others' if len(unusual) > 1 else ''}; usual is 1% to 10%, here {usual}."
+        f"{f' and {len(unusual) - 1} others' if len(unusual) > 1 else ''}; usual is 1% to 10%, here {low} to {high}."
     )
 
 

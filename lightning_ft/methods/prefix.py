@@ -12,6 +12,10 @@ Once trained, what it computes is a plain prefix, and as such it is saved. Token
 behind a prefix in the cache, which is how PEFT does it. Here it is put in where attention gives its keys and values to
 the cache and takes them back: the user's masks and caches are for the user's tokens alone, any cache will do, and
 gradient checkpointing works.
+
+Of an encoder-decoder the decoder's self-attention sees the prefix. Its layer i has pair 2i mod L of the L pairs that
+there are, one for each of the encoder's layers, so that with an even L every second goes unused: as in PEFT. Where
+attention has a sliding window the prefix stays in sight; with PEFT the window leaves it behind in longer texts.
 """
 
 from __future__ import annotations
@@ -26,35 +30,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.callbacks.finetuning import FineTuning, check_count
 from lightning_ft.injection import (
     Base,
     Injected,
     InjectionError,
     Layer,
     Trunk,
+    VirtualTokens,
     find_base,
     find_trunk,
     inject_layers,
     match_modules,
+    trunk_at,
 )
 
 # ---------------------------------------------------------------------------------------------- the maths
 
 
-@dataclass(frozen=True)
-class PrefixSettings:
+@dataclass(frozen=True, kw_only=True)
+class PrefixSettings(VirtualTokens):
     """How many virtual tokens there are, and what of the trunk their layer needs to know."""
 
-    num_virtual_tokens: int
     num_layers: int
     num_heads: int  # of keys and values
-    trunk: Trunk
-    encoder_hidden_size: int | None = None
-
-    def __str__(self) -> str:
-        width = "" if self.encoder_hidden_size is None else f", encoder_hidden_size={self.encoder_hidden_size}"
-        return f"(num_virtual_tokens={self.num_virtual_tokens}{width})"
+    num_transformer_submodules: int  # 2 in an encoder-decoder
 
 
 class PrefixLayer(Injected):
@@ -96,13 +96,14 @@ class PrefixLayer(Injected):
     def prefix_of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """The keys and the values of a layer: (heads, virtual tokens, head width) each."""
         settings = self.prefix_settings
-        both = self.flat_prefix(layer).view(settings.num_virtual_tokens, 2, settings.num_heads, -1)
+        pair = settings.num_transformer_submodules * layer % settings.num_layers
+        both = self.flat_prefix(pair).view(settings.num_virtual_tokens, 2, settings.num_heads, -1)
         keys, values = both.permute(1, 2, 0, 3)
         return keys, values
 
-    def flat_prefix(self, layer: int) -> Tensor:
+    def flat_prefix(self, pair: int) -> Tensor:
         """The same as it is trained: (virtual tokens, 2 · heads · head width)."""
-        return self.prefix_embeddings.chunk(self.prefix_settings.num_layers, dim=1)[layer]
+        return self.prefix_embeddings.chunk(self.prefix_settings.num_layers, dim=1)[pair]
 
     @classmethod
     def start_prefix(cls, n: int, width: int, layers: int, hidden: int | None) -> dict[str, Tensor]:  # noqa: ARG003
@@ -130,11 +131,11 @@ class ProjectedPrefix(PrefixLayer):
     prefix_mlp_1_weight: nn.Parameter  # W₂: (layers · 2 · width, hidden)
     prefix_mlp_1_bias: nn.Parameter
 
-    def flat_prefix(self, layer: int) -> Tensor:
+    def flat_prefix(self, pair: int) -> Tensor:
         """What the MLP makes of the inputs for a layer: (virtual tokens, 2 · width)."""
         # By the layer, so that each has a graph of its own, which gradient checkpointing can run through again.
         layers = self.prefix_settings.num_layers
-        weight, bias = (p.chunk(layers)[layer] for p in (self.prefix_mlp_1_weight, self.prefix_mlp_1_bias))
+        weight, bias = (p.chunk(layers)[pair] for p in (self.prefix_mlp_1_weight, self.prefix_mlp_1_bias))
         hidden = torch.tanh(F.linear(self.prefix_inputs, self.prefix_mlp_0_weight, self.prefix_mlp_0_bias))
         return F.linear(hidden, weight, bias)
 
@@ -161,6 +162,13 @@ class _Prefix:
     reached: bool = False
 
 
+_PASTS, _MASKS = ("past_key_values", "layer_past"), ("attention_mask", "mask")
+"""What attention calls the cache and the mask that it is given."""
+
+_COUNTED = "past_key_values_length"
+"""What embeddings of places call the number of tokens in the cache."""
+
+
 class PrefixAttention(Injected):
     """A self-attention that sees the prefix of its layer before its own keys and values."""
 
@@ -179,13 +187,17 @@ class PrefixAttention(Injected):
         inputs = {**dict(zip(self.prefix_arguments[: len(args)], args, strict=True)), **kwargs}
         if prefix is not None:  # else the attention was called by itself
             prefix.reached = True
-            cache = inputs.get("past_key_values")
-            inputs["past_key_values"] = _Prefixed(prefix.trunk.prefix_of_layer(self.layer_idx), cache)
-            inputs["attention_mask"] = self._mask_with_prefix(inputs, cache, prefix.trunk.prefix_settings)
+            past, mask = (next(name for name in names if name in self.prefix_arguments) for names in (_PASTS, _MASKS))
+            cache = inputs.get(past)
+            cache = getattr(cache, "self_attention_cache", cache)
+            inputs[past] = _Prefixed(prefix.trunk.prefix_of_layer(self.layer_idx), cache)
+            inputs[mask] = self._mask_with_prefix(inputs, inputs.get(mask), cache, prefix.trunk.prefix_settings)
         return super().forward(**inputs)  # type: ignore[misc]
 
-    def _mask_with_prefix(self, inputs: Mapping[str, Any], cache: Any, settings: PrefixSettings) -> Tensor | None:
-        mask, queries = inputs.get("attention_mask"), inputs["hidden_states"].shape[1]
+    def _mask_with_prefix(
+        self, inputs: Mapping[str, Any], mask: Any, cache: Any, settings: PrefixSettings
+    ) -> Tensor | None:
+        queries = inputs["hidden_states"].shape[1]
         causal = getattr(self, "is_causal", True) if inputs.get("is_causal") is None else inputs["is_causal"]
         if mask is None and causal and queries > 1 and self.config._attn_implementation == "sdpa":
             # Without a mask sdpa takes the first query for one that sees the first key alone: the prefix's.
@@ -199,6 +211,24 @@ class PrefixAttention(Injected):
             )
         shown = mask.new_ones if mask.dtype == torch.bool or mask.ndim == 2 else mask.new_zeros
         return torch.cat([shown(*mask.shape[:-1], settings.num_virtual_tokens), mask], dim=-1)
+
+
+class PrefixPositions(Injected):
+    """Embeddings of places that a decoder without position_ids counts by the cache alone: the prefix counts too."""
+
+    method = "PREFIX_TUNING"
+    acts_on = "inputs"
+    slot = "prefix_positions"
+    adds: ClassVar[Mapping[str, str]] = {}
+
+    prefix_positions: tuple[int, tuple[str, ...]]  # how many virtual tokens there are; forward's arguments
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The embeddings, n places further on."""
+        n, arguments = self.prefix_positions
+        inputs = {**dict(zip(arguments[: len(args)], args, strict=True)), **kwargs}
+        moved = {key: inputs[key] + n for key in (_COUNTED, "position_ids") if inputs.get(key) is not None}
+        return super().forward(**{**inputs, **moved})  # type: ignore[misc]
 
 
 @dataclass
@@ -215,6 +245,10 @@ class _Prefixed:
         first_keys, first_values = (p.to(keys.dtype).expand(len(keys), -1, -1, -1) for p in self.prefix)
         return torch.cat([first_keys, keys], dim=2), torch.cat([first_values, values], dim=2)
 
+    def get_seq_length(self, *args: Any) -> int:
+        """How many tokens went before, the virtual ones too."""
+        return self.prefix[0].shape[1] + (self.cache.get_seq_length(*args) if self.cache is not None else 0)
+
 
 # ---------------------------------------------------------------------------------------------- the callback
 
@@ -222,8 +256,8 @@ class _Prefixed:
 class PrefixTuning(FineTuning):
     """Prefix tuning of a Hugging Face text model (Li & Liang 2021, https://arxiv.org/abs/2101.00190).
 
-    For models whose attention takes a cache: the families of BERT, RoBERTa and Electra, GPT-2, Llama and most language
-    models; not DistilBERT, nor encoder-decoders.
+    For models whose attention takes a cache: the families of BERT, RoBERTa and Electra, GPT-2, Llama, Gemma, T5, BART
+    and most language models; not DistilBERT, DeBERTa or BLOOM. Of an encoder-decoder the decoder has the prefix.
 
     Args:
         num_virtual_tokens: how many tokens the prefix has.
@@ -237,7 +271,7 @@ class PrefixTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
-    layers: ClassVar[tuple[type[Injected], ...]] = (PrefixLayer, ProjectedPrefix, PrefixAttention)
+    layers: ClassVar[tuple[type[Injected], ...]] = (PrefixLayer, ProjectedPrefix, PrefixAttention, PrefixPositions)
     inside: ClassVar[str] = "base_model."
 
     def __init__(
@@ -249,10 +283,9 @@ class PrefixTuning(FineTuning):
         backbone: str | None = None,
     ) -> None:
         super().__init__(modules_to_save, backbone)
-        for name, value in (("num_virtual_tokens", num_virtual_tokens), ("encoder_hidden_size", encoder_hidden_size)):
-            optional = name == "encoder_hidden_size" and value is None
-            if not optional and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"PrefixTuning: {name} must be a whole number of at least 1, not {value!r}.")
+        check_count("PrefixTuning: num_virtual_tokens", num_virtual_tokens)
+        if encoder_hidden_size is not None:
+            check_count("PrefixTuning: encoder_hidden_size", encoder_hidden_size)
         if encoder_hidden_size is not None and not prefix_projection:
             raise ValueError("PrefixTuning: encoder_hidden_size is the width of prefix_projection, which is off.")
         self.num_virtual_tokens = num_virtual_tokens
@@ -263,17 +296,22 @@ class PrefixTuning(FineTuning):
         """Freeze the base and put a prefix into its attention; see :meth:`FineTuning.inject`."""
         base = find_base(model, self.backbone)
         saved = match_modules(base, self.modules_to_save)
-        trunk = find_trunk(base, "PrefixTuning")
-        module: Any = base.root.get_submodule(trunk.name)
-        config = module.config.get_text_config()
+        trunk, submodules = find_trunk(base, "PrefixTuning"), 1
+        layers = config_of(base, trunk).num_hidden_layers
+        if trunk.decoder is not None:
+            trunk, submodules = trunk_at(base, trunk.decoder), 2
+        config = config_of(base, trunk)
         attentions = self_attentions(base, trunk, config.num_hidden_layers)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-        n, layers, hidden = self.num_virtual_tokens, config.num_hidden_layers, self.encoder_hidden_size
+        n, hidden = self.num_virtual_tokens, self.encoder_hidden_size
         layer = ProjectedPrefix if self.prefix_projection else PrefixLayer
-        settings = PrefixSettings(n, layers, heads, trunk, hidden)
+        settings = PrefixSettings(
+            n, trunk, hidden, num_layers=layers, num_heads=heads, num_transformer_submodules=submodules
+        )
         plan = {trunk.name: Layer(layer, settings, partial(layer.start_prefix, n, width, layers, hidden))}
         plan |= {name: Layer(PrefixAttention, arguments, dict) for name, arguments in attentions.items()}
+        plan |= {name: Layer(PrefixPositions, (n, arguments), dict) for name, arguments in counted(base, trunk).items()}
         return inject_layers(base, plan, "PrefixTuning", saved)
 
     # ---------------------------------------------------------------------------------- in PEFT's files
@@ -288,7 +326,7 @@ class PrefixTuning(FineTuning):
             "token_dim": flat.shape[1] // 2,
             "num_layers": settings.num_layers,
             "num_attention_heads": settings.num_heads,
-            "num_transformer_submodules": 1,
+            "num_transformer_submodules": settings.num_transformer_submodules,
             "prefix_projection": False,
             "encoder_hidden_size": settings.encoder_hidden_size or flat.shape[1] // 2,
         }
@@ -305,24 +343,46 @@ class PrefixTuning(FineTuning):
         return cls(config["num_virtual_tokens"], modules_to_save=modules_to_save, backbone=backbone)
 
 
+def config_of(base: Base, trunk: Trunk) -> Any:
+    """The trunk's config, whose numbers of layers and heads are the decoder's if it is one."""
+    module: Any = base.root.get_submodule(trunk.name)
+    return module.config.get_text_config(decoder="past_key_values" in trunk.arguments)
+
+
 def self_attentions(base: Base, trunk: Trunk, num_layers: int) -> dict[str, tuple[str, ...]]:
-    """The paths of the modules in which a trunk's layers attend, with their forwards' arguments.
+    """The paths of the modules in which a trunk's layers attend to their own tokens, with their forwards' arguments.
 
     Raises:
         InjectionError: if there isn't one in every layer that takes a cache of keys and values.
     """
     module = base.root.get_submodule(trunk.name)
-    found = {}
+    takes: dict[str, tuple[int, tuple[str, ...]]] = {}
     for name, part in module.named_modules(prefix=trunk.name):
-        arguments = tuple(signature(part.forward).parameters)
-        if isinstance(getattr(part, "layer_idx", None), int) and {"past_key_values", "attention_mask"} <= set(
-            arguments
-        ):
-            found[name] = (part.layer_idx, arguments)
-    if trunk.decoder is not None or sorted(index for index, _ in found.values()) != list(range(num_layers)):
+        index, arguments = getattr(part, "layer_idx", None), forward_arguments(part)
+        takes_both = all(set(names) & set(arguments) for names in (_PASTS, _MASKS))
+        # With a config of its own it attends by transformers' common functions.
+        if takes_both and isinstance(index, int) and hasattr(part, "config"):
+            takes[name] = (index, arguments)
+    found: dict[int, tuple[str, tuple[str, ...]]] = {}
+    for name, (index, arguments) in takes.items():
+        if not any(other.startswith(f"{name}.") for other in takes):  # else it is a layer that passes them on
+            found.setdefault(index, (name, arguments))  # behind it comes the attention to an encoder
+    if sorted(found) != list(range(num_layers)):
         raise InjectionError(
             f"PrefixTuning puts keys and values before those of each self-attention, and {type(module).__name__} has"
-            f" no place for them: of its {num_layers} layers {len(found)} take a cache, or they attend to an encoder"
-            " too. Use PromptTuning or another method."
+            f" no place for them: of its {num_layers} layers {len(found)} take a cache as transformers' common"
+            " attention does. Use PromptTuning or another method."
         )
-    return {name: arguments for name, (_, arguments) in found.items()}
+    return dict(found.values())
+
+
+def counted(base: Base, trunk: Trunk) -> dict[str, tuple[str, ...]]:
+    """The paths of embeddings of places that only the cache counts, with their forwards' arguments."""
+    modules = base.root.get_submodule(trunk.name).named_modules(prefix=trunk.name)
+    arguments = {name: forward_arguments(module) for name, module in modules if "position_ids" not in trunk.arguments}
+    return {name: names for name, names in arguments.items() if _COUNTED in names}
+
+
+def forward_arguments(module: nn.Module) -> tuple[str, ...]:
+    """Their names, in order."""
+    return tuple(signature(module.forward).parameters)

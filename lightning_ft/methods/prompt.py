@@ -10,9 +10,9 @@ is a plain prompt, and as such it is saved.
 
 The prompt goes in where the trunk embeds, and its positions come off the trunk's outputs again, so that heads,
 labels, losses and pooling see the user's tokens and no others: [CLS] is still the first, and a language model learns to
-continue the text alone (in PEFT the last virtual token predicts the first token too). Padding counts for nothing on
-either side. With an encoder-decoder the prompt stands before the encoder's input, and the decoder attends to it, as in
-the paper and in PEFT.
+continue the text alone (in PEFT the last virtual token predicts the first token too). Pads before a text stay before
+the prompt, so that padding on either side counts for as little as in the bare model. With an encoder-decoder the prompt
+stands before the encoder's input, and the decoder attends to it, as in the paper and in PEFT.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
@@ -28,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.callbacks.finetuning import FineTuning, check_choice, check_count
 from lightning_ft.injection import (
     Base,
     Injected,
     InjectionError,
     Layer,
-    Trunk,
+    VirtualTokens,
     find_base,
     find_trunk,
     inject_layers,
@@ -47,26 +46,13 @@ PromptEncoder = Literal["MLP", "LSTM"]
 # ---------------------------------------------------------------------------------------------- the maths
 
 
-@dataclass(frozen=True)
-class PromptSettings:
-    """How many virtual tokens there are, and what of the trunk their layer needs to know."""
-
-    num_virtual_tokens: int
-    trunk: Trunk
-    encoder_hidden_size: int | None = None
-
-    def __str__(self) -> str:
-        width = "" if self.encoder_hidden_size is None else f", encoder_hidden_size={self.encoder_hidden_size}"
-        return f"(num_virtual_tokens={self.num_virtual_tokens}{width})"
-
-
 class SoftPrompt(Injected):
     """A trunk that encodes ``[prompt; X]`` and gives what it made of X."""
 
     acts_on = "inputs"
     slot = "prompt_settings"
 
-    prompt_settings: PromptSettings
+    prompt_settings: VirtualTokens
     config: Any
     pooler: Callable[[Tensor], Tensor]
     get_input_embeddings: Callable[[], nn.Embedding]
@@ -83,56 +69,70 @@ class SoftPrompt(Injected):
 
         Raises:
             ValueError: if prompt and tokens are more than the model has positions for; for a mask that isn't (batch,
-                tokens), a static cache, padding on the left where the model takes no position ids, or a cache
-                that can't be told to begin with the prompt.
+                tokens), a static cache, or a cache that can't be told to hold the prompt.
         """
-        settings = self.prompt_settings
-        inputs = settings.trunk.bound(args, kwargs)
+        trunk = self.prompt_settings.trunk
+        inputs = trunk.bound(args, kwargs)
         return_dict = inputs.pop("return_dict", None)
-        tokens = self._put_prompt_first(inputs)
+        tokens = trunk.tokens(inputs).shape[1]
+        own = self._put_prompt_in(inputs, tokens)
         out = super().forward(**inputs, return_dict=True)  # type: ignore[misc]
-        if settings.trunk.decoder is None:
-            self._take_prompt_off(out, tokens)
+        if trunk.decoder is None:
+            self._take_prompt_out(out, own, tokens)
         return out.to_tuple() if not (self.config.return_dict if return_dict is None else return_dict) else out
 
-    def _put_prompt_first(self, inputs: dict[str, Any]) -> int:
-        """Change what the trunk is called with, and return the number of the user's tokens in it."""
+    def _put_prompt_in(self, inputs: dict[str, Any], tokens: int) -> Tensor:
+        """Change what the trunk is called with.
+
+        Returns:
+            The places of the user's tokens, those in the cache too, in what it then sees: (batch or 1, all tokens).
+        """
         n, trunk = self.prompt_settings.num_virtual_tokens, self.prompt_settings.trunk
-        given = trunk.tokens(inputs)
-        embeds = self.get_input_embeddings()(given) if inputs.pop("input_ids", None) is not None else given
-        inputs["inputs_embeds"] = embeds
-        batch, tokens = embeds.shape[:2]
+        embeds = trunk.tokens(inputs)
+        if inputs.pop("input_ids", None) is not None:
+            embeds = self.get_input_embeddings()(embeds)
         past, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
         cached = past.get_seq_length() if past is not None else 0
         before = cached - n if cached else None
-        _check(inputs, trunk, tokens, before)
-        trunk.check_length((before or 0) + tokens, n)
+        seen = (before or 0) + tokens
+        _check(inputs, tokens, before)
+        trunk.check_length(seen, n)
 
+        inputs["inputs_embeds"] = embeds
         if "position_ids" in trunk.arguments:
-            positions = trunk.positions(inputs, tokens, before or 0, shift=n)
-            if before is None:
-                first = torch.arange(n, device=embeds.device) + trunk.first_position
-                positions = torch.cat([first.expand(*positions.shape[:-1], n), positions], dim=-1)
-            inputs["position_ids"] = positions
+            inputs["position_ids"] = trunk.positions(inputs, tokens, before or 0, shift=n)
+        pads = _padding_before(mask) if mask is not None else torch.zeros(1, 1, dtype=torch.long, device=embeds.device)
         if mask is not None:
             inputs["attention_mask"] = _with_ones(mask, n)
         if before is None:
-            prompt = self.soft_prompt().to(embeds.dtype).expand(batch, -1, -1)
-            inputs["inputs_embeds"] = torch.cat([prompt, embeds], dim=1)
-            types = inputs.get("token_type_ids")
-            if types is not None:
-                inputs["token_type_ids"] = torch.cat([types.new_zeros(len(types), n), types], dim=1)
-        return tokens
+            order = _behind_padding(pads, n, tokens)
+            starts = {
+                "inputs_embeds": self.soft_prompt().to(embeds.dtype),
+                "position_ids": torch.arange(n, device=embeds.device) + trunk.first_position,
+                "token_type_ids": torch.zeros(n, dtype=torch.long, device=embeds.device),
+            }
+            for key, start in starts.items():
+                if inputs.get(key) is not None:
+                    whole = torch.cat([start.expand(len(inputs[key]), *start.shape), inputs[key]], dim=1)
+                    inputs[key] = _take(whole, order)
+        at = torch.arange(seen, device=embeds.device)
+        return torch.where(at < pads, at, at + n)
 
-    def _take_prompt_off(self, out: Any, tokens: int) -> None:
-        n = self.prompt_settings.num_virtual_tokens
-        out["last_hidden_state"] = out["last_hidden_state"][:, -tokens:]
+    def _take_prompt_out(self, out: Any, own: Tensor, tokens: int) -> None:
+        def states(x: Tensor, dim: int = 1) -> Tensor:
+            return x if x.shape[dim] == tokens else _take(x, own, dim)  # the prompt was there in the first pass alone
+
+        def weights(x: Tensor) -> Tensor:
+            forgotten = self.prompt_settings.num_virtual_tokens + own.shape[1] - x.shape[3]  # by a sliding window
+            return states(_take(F.pad(x, (forgotten, 0)), own, 3), 2)
+
+        out["last_hidden_state"] = states(out["last_hidden_state"])
         if out.get("hidden_states") is not None:
-            out["hidden_states"] = tuple(h if h is None else h[:, -tokens:] for h in out["hidden_states"])
+            out["hidden_states"] = tuple(h if h is None else states(h) for h in out["hidden_states"])
         if out.get("attentions") is not None:
-            out["attentions"] = tuple(a[..., -tokens:, n:] for a in out["attentions"])
+            out["attentions"] = tuple(map(weights, out["attentions"]))
         if out.get("cross_attentions") is not None:
-            out["cross_attentions"] = tuple(a[..., -tokens:, :] for a in out["cross_attentions"])
+            out["cross_attentions"] = tuple(states(a, 2) for a in out["cross_attentions"])
         if out.get("pooler_output") is not None:
             out["pooler_output"] = self.pooler(out["last_hidden_state"])
 
@@ -241,14 +241,14 @@ def _start_mlp(*sizes: int) -> dict[str, Tensor]:
 
 
 class PromptAttention(Injected):
-    """A decoder that attends to the prompt, which its encoder's outputs begin with: its mask must cover it."""
+    """A decoder that attends to the prompt too, which its encoder's outputs hold: its mask must cover it."""
 
     method = "PROMPT_TUNING"
     acts_on = "inputs"
     slot = "prompt_settings"
     adds: ClassVar[Mapping[str, str]] = {}
 
-    prompt_settings: PromptSettings
+    prompt_settings: VirtualTokens
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's own outputs."""
@@ -264,16 +264,35 @@ class EncodedPromptAttention(PromptAttention):
     method = "P_TUNING"
 
 
+def _padding_before(mask: Tensor) -> Tensor:
+    """How many pads each row begins with: (batch, 1)."""
+    return (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+
+
+def _behind_padding(pads: Tensor, n: int, tokens: int) -> Tensor:
+    """The places in [prompt; pads; text] of what is to be [pads; prompt; text]: (batch or 1, n + tokens)."""
+    # A window, or biases by distance, would tell whether pads stand between the prompt and its text.
+    at = torch.arange(n + tokens, device=pads.device)
+    return torch.where(at < pads, at + n, torch.where(at < pads + n, at - pads, at))
+
+
+def _take(x: Tensor, places: Tensor, dim: int = 1) -> Tensor:
+    """What of each row of ``x`` stands along ``dim`` at its ``places`` (batch or 1, places)."""
+    shape = [1] * x.ndim
+    shape[0], shape[dim] = places.shape
+    return torch.take_along_dim(x, places.view(shape), dim)
+
+
 def _with_ones(mask: Tensor, n: int) -> Tensor:
-    return torch.cat([mask.new_ones(len(mask), n), mask], dim=1)
+    whole = torch.cat([mask.new_ones(len(mask), n), mask], dim=1)
+    return _take(whole, _behind_padding(_padding_before(mask), n, mask.shape[1]))
 
 
-def _check(inputs: Mapping[str, Any], trunk: Trunk, tokens: int, before: int | None) -> None:
+def _check(inputs: Mapping[str, Any], tokens: int, before: int | None) -> None:
     """Refuse what would go wrong unsaid.
 
     Args:
         inputs: what the trunk is called with.
-        trunk: the facts about it.
         tokens: how many tokens come in.
         before: how many of the user's the cache holds, with the prompt before them; None if it is empty.
     """
@@ -294,10 +313,10 @@ def _check(inputs: Mapping[str, Any], trunk: Trunk, tokens: int, before: int | N
         )
     if mask is None and positions is not None and before is None and bool((positions.diff() <= 0).any()):
         raise ValueError("The position ids tell of texts packed in a row; the prompt would go before the first.")
-    if mask is not None and "position_ids" not in trunk.arguments and not mask[:, 0].all():
+    if before is not None and mask is not None and bool((_padding_before(mask) > before).any()):
         raise ValueError(
-            "Padding on the left would stand between the prompt and the text, and this model takes no position_ids"
-            " that could make up for it: pad on the right (tokenizer.padding_side)."
+            "Of a row the cache holds padding alone, and the prompt behind it, where more padding comes: let the"
+            " first pass reach the text (no prefill_chunk_size shorter than the padding), or pad on the right."
         )
 
 
@@ -381,7 +400,7 @@ class PromptTuning(FineTuning):
             (``"RANDOM"``), from a text (``"TEXT"``), or from the names of the classes, each the mean of its tokens'
             embeddings, and random tokens after them (``"CLASS_NAMES"``).
         prompt_tuning_init_text: the text; its tokens are repeated or cut to the prompt's length.
-        class_names: the names.
+        class_names: the names; one by itself is a list of one.
         tokenizer_name_or_path: splits text and names into tokens; by default the model's own.
         modules_to_save, backbone: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
@@ -399,16 +418,15 @@ class PromptTuning(FineTuning):
         num_virtual_tokens: int = 20,
         prompt_tuning_init: PromptInit = "SAMPLE_VOCAB",
         prompt_tuning_init_text: str | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: str | Sequence[str] | None = None,
         tokenizer_name_or_path: str | None = None,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
     ) -> None:
         super().__init__(modules_to_save, backbone)
-        _check_count("PromptTuning", "num_virtual_tokens", num_virtual_tokens)
-        if prompt_tuning_init not in get_args(PromptInit):
-            known = ", ".join(get_args(PromptInit))
-            raise ValueError(f"PromptTuning: prompt_tuning_init must be one of {known}, not {prompt_tuning_init!r}.")
+        class_names = [class_names] if isinstance(class_names, str) else class_names
+        check_count("PromptTuning: num_virtual_tokens", num_virtual_tokens)
+        check_choice("PromptTuning: prompt_tuning_init", prompt_tuning_init, get_args(PromptInit))
         given = {"prompt_tuning_init_text": prompt_tuning_init_text, "class_names": class_names}
         wants = {"TEXT": "prompt_tuning_init_text", "CLASS_NAMES": "class_names"}
         for init, argument in wants.items():
@@ -493,14 +511,11 @@ class PTuning(FineTuning):
         backbone: str | None = None,
     ) -> None:
         super().__init__(modules_to_save, backbone)
-        _check_count("PTuning", "num_virtual_tokens", num_virtual_tokens)
+        check_count("PTuning: num_virtual_tokens", num_virtual_tokens)
         if encoder_hidden_size is not None:
-            _check_count("PTuning", "encoder_hidden_size", encoder_hidden_size)
-        if encoder_reparameterization_type not in get_args(PromptEncoder):
-            raise ValueError(
-                f"PTuning: encoder_reparameterization_type must be one of {', '.join(get_args(PromptEncoder))}, not"
-                f" {encoder_reparameterization_type!r}."
-            )
+            check_count("PTuning: encoder_hidden_size", encoder_hidden_size)
+        known = get_args(PromptEncoder)
+        check_choice("PTuning: encoder_reparameterization_type", encoder_reparameterization_type, known)
         self.num_virtual_tokens = num_virtual_tokens
         self.encoder_reparameterization_type: PromptEncoder = encoder_reparameterization_type
         self.encoder_hidden_size = encoder_hidden_size
@@ -577,7 +592,7 @@ def inject_prompt(
             f"{name}: {type(module).__name__} pools its first position by itself, which would be the prompt's. Build"
             " it with add_pooling_layer=False, or use another method."
         )
-    settings = PromptSettings(num_virtual_tokens, trunk, encoder_hidden_size)
+    settings = VirtualTokens(num_virtual_tokens, trunk, encoder_hidden_size)
     plan = {trunk.name: Layer(layer, settings, partial(start, module))}
     if trunk.decoder is not None:
         plan[trunk.decoder] = Layer(attention, settings, dict)
@@ -601,8 +616,3 @@ def first_prompt(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> di
     """PEFT's tensors; for an encoder-decoder it makes a prompt twice as long, and uses the first half."""
     key = PromptLayer.adds["prompt_embeddings"]
     return {**tensors, key: tensors[key][: config["num_virtual_tokens"]]} if key in tensors else dict(tensors)
-
-
-def _check_count(method: str, argument: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{method}: {argument} must be a whole number of at least 1, not {value!r}.")

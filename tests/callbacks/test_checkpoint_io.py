@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 from foreign import BertInInit, TrunkInSetup, make, trainer
+from omegaconf import OmegaConf
 from torch import nn
 
-from lightning_ft import FullFineTuning, HeadOnly, LoRA
+from lightning_ft import FullFineTuning, HeadOnly, LoRA, load_adapter, load_from_checkpoint, save_adapter
 from lightning_ft.callbacks.checkpoint_io import METADATA
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.files.state import StateError
 
 METHODS: dict[str, Callable[[], FineTuning]] = {
-    "lora": lambda: LoRA(r=2, target_modules=("query", "value"), modules_to_save=["pooler"]),
+    "lora": lambda: LoRA(
+        r=2, target_modules=("query", "value"), modules_to_save=["pooler"], rank_pattern=OmegaConf.create({"query": 3})
+    ),
     "head": HeadOnly,
     "full": FullFineTuning,
 }
@@ -53,6 +56,7 @@ def test_the_record_is_of_plain_values(name: str, tmp_path: Path) -> None:
     if name == "lora":
         assert record["arguments"]["target_modules"] == ["query", "value"]
         assert record["arguments"]["modules_to_save"] == ["pooler"]
+        assert record["arguments"]["rank_pattern"] == {"query": 3}
 
     def plain(value: Any) -> bool:
         if isinstance(value, dict):
@@ -153,3 +157,36 @@ def test_a_trunk_that_setup_builds_is_filled_in_too(tmp_path: Path) -> None:
     fresh = make(TrunkInSetup)
     trainer(LoRA(r=2)).validate(fresh, ckpt_path=tmp_path / "x.ckpt", verbose=False)
     assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in module.state_dict().items())
+
+
+class Twice(BertInInit):
+    """Its trunk has a second name, which comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        model = self.model
+        del self.model
+        self.encoder, self.model = model.bert, model
+
+
+class TwiceBehind(BertInInit):
+    """The second name comes last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = self.model.bert
+
+
+@pytest.mark.parametrize("kind", [Twice, TwiceBehind])
+def test_a_base_with_a_second_name_is_found_and_left_out_under_both(kind: type[BertInInit], tmp_path: Path) -> None:
+    module, run = make(kind), trainer(LoRA(r=2), max_epochs=1)
+    run.fit(module)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    trained = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    assert set(torch.load(tmp_path / "x.ckpt")["state_dict"]) == trained
+    torch.manual_seed(7)
+    loaded, folder = load_from_checkpoint(kind, tmp_path / "x.ckpt"), save_adapter(module, tmp_path / "adapter")
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in module.state_dict().items())
+    plain = make(BertInInit)
+    load_adapter(plain, folder)
+    assert all(torch.equal(value, module.state_dict()[key]) for key, value in plain.state_dict().items())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
@@ -67,20 +69,24 @@ class Keep(L.Callback):
 
 
 def fit(
-    clock: Clock, rows: int = 10, collate: Callable[[list[Any]], Any] | None = None, **options: Any
+    clock: Clock,
+    rows: int = 10,
+    collate: Callable[[list[Any]], Any] | None = None,
+    ckpt_path: Path | None = None,
+    callbacks: Sequence[L.Callback] = (),
+    **options: Any,
 ) -> tuple[Efficiency, list[dict[str, float]]]:
     callback, keep = Efficiency(), Keep()
     trainer = L.Trainer(
-        **{"max_epochs": 2, **options},
+        **{"max_epochs": 2, "enable_checkpointing": False, **options},
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[callback, keep],
+        callbacks=[callback, keep, *callbacks],
     )
     loader = DataLoader(torch.zeros(rows, 7), batch_size=4, collate_fn=collate)
-    trainer.fit(Module(clock), loader, loader)
+    trainer.fit(Module(clock), loader, loader, ckpt_path=ckpt_path)
     return callback, keep.epochs
 
 
@@ -106,6 +112,18 @@ def test_throughput_is_samples_over_the_time_of_training_alone(
     assert [logged["cost/samples_per_second"] for logged in epochs] == [
         pytest.approx(rows / (steps * TRAIN_SECONDS))
     ] * 2
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_fit_that_resumes_within_an_epoch_counts_what_is_left_of_it(clock: Clock, tmp_path: Path) -> None:
+    """Lightning then calls no on_train_epoch_start."""
+    saving: Any = {
+        "callbacks": [ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=1)],
+        "enable_checkpointing": True,
+    }
+    fit(clock, 8, max_steps=1, **saving)
+    _, epochs = fit(clock, 8, max_steps=2, ckpt_path=tmp_path / "x.ckpt", **saving)
+    assert epochs[0]["cost/samples_per_second"] == pytest.approx(4 / TRAIN_SECONDS)
 
 
 def test_seconds_are_those_of_the_whole_fit(clock: Clock) -> None:

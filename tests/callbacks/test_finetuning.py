@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foreign import CLASSES, CNN, BertInInit, Classifier, TrunkInSetup, make, trainer, vector_data
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
@@ -18,7 +26,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 import lightning_ft
-from lightning_ft import FullFineTuning, HeadOnly, InjectionError, LoRA
+from lightning_ft import BitFit, FullFineTuning, HeadOnly, InjectionError, LoRA
 from lightning_ft.callbacks.finetuning import FineTuning, count_parameters, describe
 from lightning_ft.injection import injected_modules, injected_names
 
@@ -68,13 +76,16 @@ def decaying(optimizer: Any) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: 0.9**step)
 
 
-@pytest.mark.parametrize(("of", "schedule"), [("head", decaying), ("all", one_cycle), ("groups", decaying)])
+@pytest.mark.parametrize(
+    ("of", "schedule"), [("head", decaying), ("named", decaying), ("all", one_cycle), ("groups", decaying)]
+)
 def test_the_users_optimizer_trains_what_was_injected_and_holds_nothing_frozen(of: str, schedule: Any) -> None:
     class Module(Small):
         def configure_optimizers(self) -> Any:
             parameters: Any = {
                 "head": lambda: self.head.parameters(),
                 "all": lambda: self.parameters(),
+                "named": lambda: self.named_parameters(),
                 "groups": lambda: [
                     {"params": list(self.head.parameters()), "lr": 0.2},
                     {"params": list(self.encoder.parameters()), "lr": 0.1},
@@ -92,6 +103,8 @@ def test_the_users_optimizer_trains_what_was_injected_and_holds_nothing_frozen(o
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in module.parameters() if p.requires_grad)
     assert moved(module, before) == HEAD | injected_names(module)
+    names = optimizer.param_groups[0].get("param_names", [])
+    assert [id(module.get_parameter(name)) for name in names] == (held if of == "named" else [])
     if of == "groups":
         assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in module.head.parameters()}
 
@@ -203,18 +216,24 @@ HOOKS = ("setup", "configure_model")
     ],
 )
 def test_injection_comes_before_the_optimizers_and_hooks_are_given_back(kind: type[Classifier], fails: bool) -> None:
-    module = make(kind)
-    own = {hook: vars(module)[hook] for hook in HOOKS if hook in vars(module)}
-    method = lora()
+    class Watch(Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.hooks = hooks(pl_module)  # which copies and pickles of the module have from here on
+
+    def hooks(module: nn.Module) -> dict[str, Any]:
+        return {hook: vars(module)[hook] for hook in HOOKS if hook in vars(module)}
+
+    module, watch = make(kind), Watch()
+    own = hooks(module)
     if fails:
         module.training_step = lambda batch, batch_idx: 1 / 0
         with pytest.raises(ZeroDivisionError):
-            trainer(method).fit(module)
+            trainer(lora(), watch).fit(module)
     else:
-        trainer(method).fit(module)
+        trainer(lora(), watch).fit(module)
     assert injected_names(module) == ADDED
     assert getattr(module, "seen", ADDED) == ADDED
-    assert {hook: vars(module)[hook] for hook in HOOKS if hook in vars(module)} == own
+    assert watch.hooks == hooks(module) == own
 
 
 def test_an_error_while_injecting_gives_the_hooks_back_too() -> None:
@@ -271,18 +290,36 @@ def averaging() -> EMAWeightAveraging:
     return EMAWeightAveraging(decay=0.5)
 
 
-@pytest.mark.parametrize("kind", [EMAWeightAveraging, WeightAveraging])
-def test_averaging_before_the_method_is_an_error(kind: type[Callback]) -> None:
-    module = make(Small)
-    with pytest.raises(InjectionError, match=f"{kind.__name__} must come after LoRA"):
-        trainer(kind(), lora()).fit(module)
+each_averaging = pytest.mark.parametrize(
+    "average", [averaging, WeightAveraging, partial(StochasticWeightAveraging, 0.1)], ids=["ema", "mean", "swa"]
+)
+
+
+@each_averaging
+def test_averaging_before_the_method_is_an_error(average: Callable[[], Callback]) -> None:
+    module, before = make(Small), average()
+    with pytest.raises(InjectionError, match=f"{type(before).__name__} must come after LoRA"):
+        trainer(before, lora()).fit(module)
     assert not injected_names(module)
 
 
+@each_averaging
 @pytest.mark.parametrize("kind", [InSetup, InConfigureModel])
-def test_averaging_a_module_that_builds_itself_in_a_hook_is_an_error(kind: type[Classifier]) -> None:
+def test_averaging_a_module_that_builds_itself_in_a_hook_is_an_error(
+    kind: type[Classifier], average: Callable[[], Callback]
+) -> None:
     with pytest.raises(InjectionError, match=r"before its (setup|configure_model)\(\) builds it"):
-        trainer(lora(), averaging()).fit(make(kind))
+        trainer(lora(), average()).fit(make(kind))
+
+
+def test_averaging_that_would_reset_frozen_norms_is_an_error() -> None:
+    swa = partial(StochasticWeightAveraging, 0.1)
+    with pytest.raises(InjectionError, match=r"StochasticWeightAveraging takes new statistics.*EMAWeightAveraging"):
+        trainer(lora(), swa()).fit(make(Normed))
+    module = make(Small)
+    before = state(module)
+    trainer(lora(), swa(), max_epochs=3).fit(module)
+    assert moved(module, before) == HEAD | ADDED
 
 
 def test_averages_are_saved_slim_and_resume_exactly(tmp_path: Path) -> None:
@@ -365,13 +402,20 @@ def test_another_checkpoint_io_still_does_the_writing(make_io: Any, tmp_path: Pa
         assert again.calls == ["load", "teardown"]
 
 
-def test_a_trainer_that_fits_twice_wraps_its_checkpoint_io_once() -> None:
+def test_a_trainer_that_fits_twice_wraps_its_checkpoint_io_once_and_records_the_callbacks_it_has(
+    tmp_path: Path,
+) -> None:
     run, module = trainer(lora(), max_epochs=1), make(Small)
     run.fit(module)
     first = run.strategy.checkpoint_io
     run.validate(module, verbose=False)
     run.fit(module)
     assert run.strategy.checkpoint_io is first
+    other, run.callbacks = make(Small), [BitFit(backbone="encoder")]
+    run.fit(other)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    torch.manual_seed(7)
+    assert moved(lightning_ft.load_from_checkpoint(Small, tmp_path / "x.ckpt"), other.state_dict()) == set()
 
 
 # --------------------------------------------------------------------------------------------------- modes
@@ -414,6 +458,20 @@ def test_frozen_norms_stay_put_and_every_mode_is_given_back(mode: bool, fails: b
     assert all(seen["encoder.0"] and seen["encoder.2"] for seen in module.modes)  # injected
     assert all(seen["encoder.3"] == mode and seen["head.0"] for seen in module.modes)  # the user's business
     assert {name: m.training for name, m in module.named_modules()} == modes
+
+
+@IN_EVAL
+def test_what_another_base_carries_keeps_its_mode() -> None:
+    class Distilled(Normed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = nn.Sequential(nn.Linear(8, 8))
+            lora(backbone="teacher", target_modules=["0"]).inject(self)
+            self.teacher.requires_grad_(False).eval()
+
+    module = make(Distilled)
+    trainer(lora()).fit(module)
+    assert {(seen["encoder.0"], seen["teacher.0"]) for seen in module.modes} == {(True, False)}
 
 
 def test_a_norm_that_trains_keeps_its_statistics_moving() -> None:
@@ -505,6 +563,28 @@ def test_the_method_is_injected_once_over_all_stages(kind: type[Classifier]) -> 
         assert [id(p) for p in module.parameters()] == parameters
 
 
+@pytest.mark.parametrize("kind", [Small, InSetup])
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_merged_module_is_evaluated_as_it_is_and_fitted_anew(kind: type[Classifier], stage: str) -> None:
+    module, run = make(kind), trainer(lora(), max_epochs=1)
+    run.fit(module)
+    before = state(module)
+    lightning_ft.merge(module, reversible=True)
+    merged = state(module)
+    getattr(run, stage)(module)
+    assert moved(module, merged) == injected_names(module) == set()
+    assert all(p.requires_grad for p in module.parameters())
+    lightning_ft.unmerge(module)
+    getattr(run, stage)(module)
+    assert injected_names(module) == ADDED
+    assert moved(module, before) == set()
+    lightning_ft.merge(module)
+    trainer(lora(), max_epochs=1).fit(module)
+    assert injected_names(module) == ADDED
+    getattr(trainer(lora()), stage)(module)
+    assert injected_names(module) == ADDED
+
+
 # ------------------------------------------------------------------ what the user's module does besides
 
 
@@ -563,12 +643,24 @@ class SetsModes(CNN):
         self.train()
 
 
-def test_a_frozen_batchnorm_stays_put_though_the_module_calls_train() -> None:
-    module = make(SetsModes)
+class SetsModesInItsStep(CNN):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.eval()
+        self.train()
+        return super().training_step(batch, batch_idx)
+
+
+@IN_EVAL
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", [SetsModes, SetsModesInItsStep])
+def test_a_frozen_batchnorm_stays_put_though_the_module_calls_train(kind: type[CNN], mode: bool) -> None:
+    module = make(kind)
+    module.body.train(mode)
     before = {key: value.clone() for key, value in module.body.state_dict().items() if "running" in key}
     trainer(LoRA(r=2, backbone="body", target_modules="all-linear"), max_epochs=2).fit(module)
     assert before
     assert all(torch.equal(module.body.state_dict()[key], value) for key, value in before.items())
+    assert all(m.training for m in module.train().modules())
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from torch import nn
 
-from lightning_ft import HeadOnly, LoRA, save_adapter
+from lightning_ft import HeadOnly, LoRA, PromptTuning, save_adapter
 from lightning_ft.files.card import Facts, model_card
 from lightning_ft.files.peft import CARD
 
@@ -169,13 +169,15 @@ def test_its_code_loads_the_adapter(tmp_path: Path) -> None:
         assert list(names["model"].config.id2label.values()) == labels
 
 
-def test_stock_peft_is_named_only_where_it_loads_the_whole(tmp_path: Path) -> None:
+def test_stock_peft_is_named_only_where_it_does_as_well(tmp_path: Path) -> None:
     outside = make(TrunkInSetup)
     outside.setup("fit")
     LoRA(r=2).inject(outside)
     head = tiny.bert_classifier()
     HeadOnly().inject(head)
-    for name, model in (("outside", outside), ("head", head)):
+    prompt = tiny.bert_classifier()  # loads, but predicts otherwise
+    PromptTuning(2).inject(prompt)
+    for name, model in (("outside", outside), ("head", head), ("prompt", prompt)):
         text = saved(model, tmp_path / name)
         assert "load_adapter(" in text
         assert "PeftModel" not in text

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_ft
-from lightning_ft import LoRA
+from lightning_ft import IA3, AdaLoRA, LoRA
 from lightning_ft.injection import (
     Injected,
     InjectionError,
@@ -191,6 +191,21 @@ def test_a_forward_that_was_replaced_on_the_instance_is_refused() -> None:
     assert type(model[0]) is nn.Linear
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "normed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm]
+)
+@pytest.mark.parametrize("method", [LoRA, AdaLoRA, IA3])
+def test_a_weight_that_is_computed_is_refused_with_the_cure(normed: Callable[..., nn.Module], method: Any) -> None:
+    model = nn.ModuleDict({"fc": normed(nn.Linear(4, 4))})
+    before = tree(model)
+    more = {"feedforward_modules": []} if method is IA3 else {}
+    with pytest.raises(InjectionError, match=r"'fc' computes its weight.*remove_parametrizations.*remove_weight_norm"):
+        method(target_modules=["fc"], backbone=".", **more).inject(model)
+    assert tree(model) == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_any_sequence_of_changes_keeps_the_tree(seed: int) -> None:
     dice = random.Random(seed)
@@ -217,6 +232,7 @@ def test_any_sequence_of_injecting_and_merging_keeps_tree_and_outputs(seed: int)
     dice = random.Random(seed)
     model = net().double()
     before, names = tree(model), ["0", "2.0", "2.1"]
+    before[0][0][2].add("_thawed_by_lightning_ft")  # on the root: what was merged is evaluated as it is
     for _ in range(12):
         subset = sorted(dice.sample(names, dice.randint(1, 3)))
         for _ in range(dice.randint(1, 3)):
@@ -275,7 +291,7 @@ def stacked_with_gradients() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_change_of_dtype_leaves_what_was_added_in_fp32(dtype: torch.dtype) -> None:
+def test_what_was_added_follows_a_change_of_dtype_but_not_below_fp32(dtype: torch.dtype) -> None:
     model = stacked_with_gradients()
     gradients = {key: p.grad.clone() for key, p in model[0].named_parameters()}
     parameters = dict(model[0].named_parameters())
@@ -284,11 +300,12 @@ def test_a_change_of_dtype_leaves_what_was_added_in_fp32(dtype: torch.dtype) -> 
         cast()
         for key, p in model[0].named_parameters():
             added = key in ("offset", "factor", "extra")
-            assert p.dtype == p.grad.dtype == (torch.float32 if added else dtype), key
+            assert p.dtype == p.grad.dtype == (torch.promote_types(dtype, torch.float32) if added else dtype), key
             assert p is parameters[key]  # the optimizer's
             if added:
-                assert torch.equal(p.grad, gradients[key])
+                assert torch.equal(p.grad.float(), gradients[key])
     assert model[0].offset.eq(3).all()
+    assert {p.dtype for p in model.float().parameters()} == {torch.float32}
 
 
 def test_a_move_to_another_device_is_followed_in_fp32() -> None:
@@ -373,9 +390,11 @@ def test_freezing_leaves_the_head_what_was_added_and_what_is_to_be_saved() -> No
     again = training(model)
     freeze_base(base, "X", saved)
     assert training(model) == again
-    with pytest.raises(InjectionError, match=r"modules_to_save: .poler. matches no module.*pooler"):
-        match_modules(base, ["poler"])
-    with pytest.raises(InjectionError, match=r"X names nothing of the base.* before with .*output"):
+    assert match_modules(base, "layer.1.output") == saved[:1]
+    for wrong in ("poler", ["poler"]):
+        with pytest.raises(InjectionError, match=r"modules_to_save: .poler. matches no module.*pooler"):
+            match_modules(base, wrong)
+    with pytest.raises(InjectionError, match=r"X trained other.*: nothing would be new, .*output.* left out"):
         freeze_base(base, "X")
     assert training(model) == again
     thaw(model)

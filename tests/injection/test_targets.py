@@ -234,6 +234,12 @@ def test_what_matches_nothing_is_an_error_with_near_names() -> None:
         assert says in str(error.value)
 
 
+def test_an_end_that_matches_nothing_beside_others_is_warned_of_with_near_names() -> None:
+    model = tiny.bert()
+    with pytest.warns(UserWarning, match="'valeu' matches no module. Near names: value"):
+        assert targets(model, ["query", "valeu"]) == targets(model, ["query"])
+
+
 def test_a_kind_that_is_not_supported_is_named() -> None:
     for wanted, kind in [(["LayerNorm"], "LayerNorm"), (r"encoder\.layer\.0", "BertLayer")]:
         with pytest.raises(InjectionError, match=rf"can't adapt \({kind}\).*Name the layers inside"):

@@ -14,7 +14,7 @@ import peft
 import pytest
 import tiny
 import torch
-from foreign import BertInInit, make, trainer
+from foreign import BertInInit, Classifier, make, trainer, vector_data
 from reference.lora import dora_linear, residual_linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -123,9 +123,17 @@ def test_a_convolution_with_lora_is_one_with_the_changed_kernel(
     torch.testing.assert_close(model(x), expected, atol=1e-11, rtol=1e-11)
 
 
-def test_a_grouped_convolution_is_no_target() -> None:
+class Same(nn.Conv2d):
+    """As timm's: it pads by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(nn.functional.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 3, groups=2), Same(4, 4, 3)], ids=["grouped", "own forward"])
+def test_a_convolution_that_does_more_is_no_target(layer: nn.Module) -> None:
     with pytest.raises(InjectionError, match="can't adapt"):
-        LoRA(target_modules=["0"], backbone=".").inject(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)))
+        LoRA(target_modules=["0"], backbone=".").inject(nn.Sequential(layer))
 
 
 # ---------------------------------------------------------------------- against stock PEFT, as it is trained
@@ -211,6 +219,11 @@ def test_pissa_and_olora_start_and_train_as_stock_pefts(name: str, init: str, tm
     save_adapter(ours, tmp_path / "ours")
     plain = peft.PeftModel.from_pretrained(BUILDS[name](), tmp_path / "ours")
     torch.testing.assert_close(tiny.logits(plain), tiny.logits(ours), atol=1e-5, rtol=1e-5)
+    loaded = BUILDS[name]()
+    load_adapter(loaded, tmp_path / "ours")
+    with pytest.raises(InjectionError, match=rf"already carries LORA.*trains on as what it is, \(r={2 * R},"):
+        LoRA(r=R, alpha=ALPHA, target_modules=targets, init_lora_weights=init).inject(loaded)
+    assert LoRA(r=2 * R, alpha=2 * ALPHA, target_modules=targets).inject(loaded)
     # And theirs, which needs its residual made again, is loaded with it.
     theirs.save_pretrained(tmp_path / "theirs")
     again = BUILDS[name]()
@@ -262,6 +275,33 @@ def test_lora_plus_is_a_higher_rate_of_b(optimizer: Callable[..., torch.optim.Op
     assert not any(torch.equal(one.lora_B, other.lora_B) for (_, one), (_, other) in moved)
 
 
+class TwoBases(Classifier):
+    data = staticmethod(lambda: vector_data(8))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 3))
+
+    def outputs(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+def test_lora_plus_lengthens_the_steps_on_its_own_backbone_alone() -> None:
+    def step(**ratios: float) -> list[Tensor]:
+        module = make(TwoBases)
+        methods = [LoRA(r=R, backbone=name, loraplus_lr_ratio=ratio) for name, ratio in ratios.items()]
+        trainer(*methods, max_epochs=1, limit_train_batches=1).fit(module)
+        return [layer.lora_B.detach() for _, layer in injected_modules(module)]  # from zero
+
+    plain, lengthened = step(encoder=1, decoder=1), step(encoder=4, decoder=3)
+    for one, more, ratio in zip(plain, lengthened, (4, 3), strict=True):
+        torch.testing.assert_close(more, ratio * one)
+        assert one.any()
+
+
 # ------------------------------------------------------------------------------- which modules, which ranks
 
 
@@ -283,6 +323,28 @@ def test_lora_plus_is_a_higher_rate_of_b(optimizer: Callable[..., torch.optim.Op
     ],
 )
 def test_patterns_mean_what_they_mean_to_peft(settings: dict[str, Any]) -> None:
+    agree_with_peft(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"target_modules": ["query", "c_attn"]}, "target_modules: 'c_attn' matches no module"),
+        (
+            {"target_modules": ["query"], "layers_to_transform": [1, 7]},
+            "no layer 7 among the targets; they lie in 0, 1",
+        ),
+        ({"target_modules": ["query"], "modules_to_save": ["pooler", "norm"]}, "modules_to_save: 'norm' matches no"),
+        ({"target_modules": ["query", "key"], "exclude_modules": ["key", "k"]}, "exclude_modules: 'k' matches no"),
+    ],
+)
+def test_what_does_nothing_beside_what_does_something_is_warned_of(settings: dict[str, Any], says: str) -> None:
+    with pytest.warns(UserWarning, match=says):
+        agree_with_peft(settings)
+
+
+def agree_with_peft(settings: dict[str, Any]) -> None:
+    """The same modules are adapted, with the same ranks and scales, and the same others train."""
     stock = peft.get_peft_model(
         tiny.bert_classifier(), peft.LoraConfig(r=R, lora_alpha=ALPHA, task_type="SEQ_CLS", **copy.deepcopy(settings))
     ).base_model.model
@@ -306,7 +368,7 @@ def test_a_setting_that_does_nothing_is_an_error() -> None:
         ({"alpha_pattern": {"value.": 4}}, "alpha_pattern: 'value.' matches none"),
         ({"exclude_modules": ["qury"]}, r"exclude_modules: 'qury' matches no module.*query"),
         ({"exclude_modules": ".*"}, "leaves out all"),
-        ({"layers_to_transform": [1, 7]}, "there is no layer 7 among the targets; they lie in 0, 1"),
+        ({"layers_to_transform": [7]}, "there is no layer 7 among the targets; they lie in 0, 1"),
         ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "no layer 0.*no numbered layers"),
         ({"layers_to_transform": [0], "target_modules": ".*query"}, "write the layers in it"),
     ]:
@@ -322,6 +384,15 @@ def test_dora_does_not_go_with_a_split_weight(init: Any) -> None:
         LoRA(use_dora=True, init_lora_weights=init)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_weight_is_split_into_no_more_ranks_than_it_has(init: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5))
+    with pytest.raises(InjectionError, match=rf"'{init}'.*5 x 8.*no 6 ranks. Use r=5 at most"):
+        LoRA(r=6, init_lora_weights=init, backbone=".").inject(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert LoRA(r=6, init_lora_weights=init, rank_pattern={"1": 5}, backbone=".").inject(model)
+
+
 def test_an_unusual_rank_is_advised_against_once(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(400, 300), nn.Linear(300, 50))
     with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
@@ -330,6 +401,9 @@ def test_an_unusual_rank_is_advised_against_once(caplog: pytest.LogCaptureFixtur
     assert [r.message for r in caplog.records if "usual is" in r.message] == [
         "LoRA: r=8 is 16.0% of the smaller dimension of '1' (50); usual is 1% to 10%, here 1 to 5."
     ]
+    caplog.clear()
+    assert LoRA(r=1, backbone=".", target_modules=["0"]).inject(nn.Sequential(nn.Linear(8, 8)))  # there is no less
+    assert not caplog.records
 
 
 def test_biases_train_as_asked_and_come_back_with_a_merge() -> None:
@@ -338,5 +412,8 @@ def test_biases_train_as_asked_and_come_back_with_a_merge() -> None:
         LoRA(target_modules=["query"], bias=bias).inject(model)
         biases = [p for part in find_base(model).parts() for n, p in part.named_parameters() if n.endswith("bias")]
         assert sum(p.requires_grad for p in biases) == count(biases)
+        for other in {"none", "lora_only", "all"} - {bias}:
+            with pytest.raises(InjectionError, match=r"LoRA trained other parts of the base before.*\.bias"):
+                LoRA(target_modules=["query"], bias=other).inject(model)
         lightning_ft.merge(model)
         assert all(p.requires_grad for p in model.parameters())

@@ -11,12 +11,11 @@ import peft
 import pytest
 import tiny
 import torch
-from foreign import BertInInit, TorchTransformer, make, small, trainer
+from foreign import BertInInit, TorchTransformer, make, trainer
 from reference.prefix import attention, projected
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import BertConfig, BertLMHeadModel
 
 import lightning_ft
 from lightning_ft import InjectionError, LoRA, PrefixTuning, PromptTuning, load_adapter, save_adapter
@@ -35,14 +34,20 @@ MODELS: dict[str, Callable[..., Any]] = {
     "electra": partial(tiny.electra, **SHARP),
     "gpt2": partial(tiny.gpt2, n_positions=32, **SHARP),
     "llama": partial(tiny.llama_lm, **SHARP),
+    "gpt_neox": partial(tiny.gpt_neox, **SHARP),
+    "opt": tiny.opt,
+    "mistral": partial(tiny.mistral_lm, **SHARP),
+    "gemma3": partial(tiny.gemma3_lm, **SHARP),
 }
-GENERATORS = ["gpt2", "llama"]
+ALONE = list(MODELS)
+MODELS |= {"t5": partial(tiny.t5, num_layers=3, dropout_rate=0.0), "bart": tiny.bart}
+GENERATORS = ["gpt2", "llama", "opt", "gemma3", "t5", "bart"]
 each_generator = pytest.mark.parametrize("name", GENERATORS)
 each_attention = pytest.mark.parametrize("kind", ["sdpa", "eager"])
 
 
 def prefix_of(model: Any) -> nn.Parameter:
-    return model.base_model.prefix_embeddings
+    return next(p for name, p in model.named_parameters() if name.endswith("prefix_embeddings"))
 
 
 def with_prefix(model: Any, **settings: Any) -> Any:
@@ -119,7 +124,7 @@ def mlp_of(model: Any, i: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [*((name, "sdpa") for name in MODELS), ("bert", "eager"), ("gpt2", "eager"), ("llama", "eager")]
+    ("name", "kind"), [*((name, "sdpa") for name in ALONE), ("bert", "eager"), ("gpt2", "eager"), ("llama", "eager")]
 )
 @torch.no_grad()
 def test_each_row_of_a_batch_is_what_its_text_gives_alone(name: str, kind: str) -> None:
@@ -163,9 +168,15 @@ def generate(model: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -
 
 def greedy(model: Any, text: list[int]) -> list[int]:
     """Six tokens, each the likeliest, by hand."""
+    made: list[int] = []
     for _ in range(6):
-        text = [*text, int(model(input_ids=torch.tensor([text])).logits[0, -1].argmax())]
-    return text[-6:]
+        if model.config.is_encoder_decoder:
+            start = [model.config.decoder_start_token_id, *made]
+            out = model(input_ids=torch.tensor([text]), decoder_input_ids=torch.tensor([start]))
+        else:
+            out = model(input_ids=torch.tensor([text + made]))
+        made.append(int(out.logits[0, -1].argmax()))
+    return made
 
 
 @each_generator
@@ -173,7 +184,7 @@ def greedy(model: Any, text: list[int]) -> list[int]:
 @torch.no_grad()
 def test_generating_with_a_cache_is_generating_without_and_by_hand(name: str, kind: str) -> None:
     model = with_prefix(MODELS[name](attn_implementation=kind))
-    ids, mask = padded("left")
+    ids, mask = padded("right" if model.config.is_encoder_decoder else "left")
     tokens = generate(model, ids, mask)
     assert torch.equal(generate(model, ids, mask, use_cache=False), tokens)
     assert tokens[:, -6:].tolist() == [greedy(model, text) for text in TEXTS]
@@ -181,7 +192,7 @@ def test_generating_with_a_cache_is_generating_without_and_by_hand(name: str, ki
     assert torch.equal(generate(model, ids, mask, num_beams=2, use_cache=False), beams)
 
 
-@each_generator
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 @torch.no_grad()
 def test_a_cache_holds_the_users_tokens_alone_and_can_be_gone_on_with(name: str) -> None:
     model = with_prefix(MODELS[name]())
@@ -210,12 +221,7 @@ def test_too_long_a_text_is_an_error_with_the_numbers(name: str) -> None:
 def test_a_base_without_a_place_for_keys_and_values_is_refused() -> None:
     for build, backbone, says in [
         (tiny.distilbert_classifier, None, "DistilBertModel has no place for them: of its 2 layers 0 take a cache"),
-        (tiny.t5, None, "T5Stack has no place for them"),
-        (
-            lambda: BertLMHeadModel(small(BertConfig, is_decoder=True, add_cross_attention=True, num_hidden_layers=1)),
-            None,
-            "of its 1 layers 2 take a cache",
-        ),
+        (tiny.bloom, None, "BloomModel has no place for them: of its 2 layers 0 take a cache"),
         (lambda: make(TorchTransformer), "encoder", "TransformerEncoder isn't one"),
     ]:
         model = build()
@@ -268,10 +274,12 @@ def test_a_prompt_and_a_prefix_are_refused_together() -> None:
 
 # ------------------------------------------------------------------------------------- agreement with PEFT
 
-TASKS = {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM"}
+TASKS = {"bert": "SEQ_CLS", **dict.fromkeys(("gpt2", "llama", "gpt_neox", "opt"), "CAUSAL_LM")}
+TASKS |= dict.fromkeys(("t5", "bart"), "SEQ_2_SEQ_LM")
 each_task = pytest.mark.parametrize("name", TASKS)
 projected_or_not = pytest.mark.parametrize(
-    ("name", "projection"), [("bert", False), ("bert", True), ("gpt2", False), ("llama", True)]
+    ("name", "projection"),
+    [("bert", False), ("bert", True), ("gpt2", False), ("llama", True), ("opt", False), ("t5", True), ("bart", False)],
 )
 
 
@@ -336,7 +344,8 @@ def test_stock_peft_loads_ours(name: str, projection: bool, tmp_path: Path) -> N
     keys = {"base_model.classifier.weight", "base_model.classifier.bias"} if name == "bert" else set()
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert set(tensors) == {"prompt_embeddings"} | keys
-    assert tensors["prompt_embeddings"].shape == (N, LAYERS * 2 * (8 if name == "llama" else 16))
+    layers = {"t5": 3, "bart": 4}.get(name, LAYERS)
+    assert tensors["prompt_embeddings"].shape == (N, layers * 2 * (8 if name == "llama" else 16))
 
 
 @projected_or_not

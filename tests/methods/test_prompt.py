@@ -38,11 +38,22 @@ TRUNKS: dict[str, Callable[..., Any]] = {
     "gpt2": lambda **more: tiny.gpt2(**SHARP, **more).transformer,
     "llama": lambda **more: tiny.llama_lm(**SHARP, **more).model,
     "t5 encoder": partial(tiny.t5_encoder, initializer_factor=3.0),
+    # windows, and biases by distance: these see where padding stands
+    "deberta": partial(tiny.deberta, **SHARP),
+    "modernbert": lambda **more: tiny.modernbert(initializer_range=0.4, **more),
+    "mistral": lambda **more: tiny.mistral_lm(**SHARP, **more).model,
+    "gemma3": lambda **more: tiny.gemma3_lm(**SHARP, **more).model,
+    "bloom": partial(tiny.bloom, **SHARP),
 }
+EAGER = ["bert", "gpt2", "llama", "deberta", "bloom"]
+EAGER_ALONE = EAGER[3:]
 
 GENERATORS: dict[str, Callable[..., Any]] = {
     "gpt2": partial(tiny.gpt2, n_positions=32, **SHARP),
     "llama": partial(tiny.llama_lm, **SHARP),
+    "opt": tiny.opt,
+    "mistral": partial(tiny.mistral_lm, **SHARP),
+    "gemma3": partial(tiny.gemma3_lm, **SHARP),
     "t5": tiny.t5,
 }
 
@@ -84,13 +95,13 @@ def close(ours: Any, theirs: Any, **more: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [*((name, "sdpa") for name in TRUNKS), ("bert", "eager"), ("gpt2", "eager"), ("llama", "eager")],
+    [*((name, "sdpa") for name in TRUNKS if name not in EAGER_ALONE), *((name, "eager") for name in EAGER)],
 )
 @torch.no_grad()
 def test_each_row_of_a_batch_is_what_its_text_gives_alone(name: str, attention: str) -> None:
     model = with_prompt(TRUNKS[name](attn_implementation=attention))
     bare = TRUNKS[name](attn_implementation=attention)
-    for side in ("right",) if name == "t5 encoder" else ("right", "left"):  # which it refuses, see below
+    for side in ("right", "left"):
         ids, mask = padded(side)
         states = model(input_ids=ids, attention_mask=mask).last_hidden_state
         assert states.shape[:2] == ids.shape
@@ -214,6 +225,7 @@ def test_a_prompt_starts_from_class_names_and_random_tokens(tiny_bert_dir: str) 
     rows = model.get_input_embeddings().weight
     names = ["very good", "bad"]
     PromptTuning(4, "CLASS_NAMES", class_names=names, tokenizer_name_or_path=tiny_bert_dir).inject(model)
+    assert PromptTuning(4, "CLASS_NAMES", class_names="bad").class_names == ["bad"]
     for i, name in enumerate(names):
         ids = tokenizer.convert_tokens_to_ids(name.split())
         close(prompts(model)[i], rows[ids].mean(dim=0))
@@ -248,12 +260,12 @@ def greedy(model: Any, text: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "attention"), [("gpt2", "sdpa"), ("gpt2", "eager"), ("llama", "sdpa"), ("t5", "eager")]
+    ("name", "attention"), [("gpt2", "sdpa"), ("gpt2", "eager"), ("llama", "sdpa"), ("gemma3", "sdpa"), ("t5", "eager")]
 )
 @torch.no_grad()
 def test_generating_with_a_cache_is_generating_without_and_by_hand(name: str, attention: str) -> None:
     model = with_prompt(GENERATORS[name](attn_implementation=attention))
-    ids, mask = padded("right" if name == "t5" else "left")
+    ids, mask = padded("left")
     tokens = generate(model, ids, mask)
     assert torch.equal(generate(model, ids, mask, use_cache=False), tokens)
     assert tokens[:, -6:].tolist() == [greedy(model, text) for text in TEXTS]
@@ -276,6 +288,19 @@ def test_what_a_cache_cannot_tell_is_refused() -> None:
     cache = model(ids[:1]).past_key_values
     with pytest.raises(ValueError, match="for 3 tokens, and with the cache there are 7"):
         model(ids[:1, :2], attention_mask=mask[:1, :3], past_key_values=cache)
+    with pytest.raises(ValueError, match="holds padding alone, and the prompt behind it, where more padding comes"):
+        generate(model, ids, mask, prefill_chunk_size=2)
+
+
+@pytest.mark.parametrize("name", [name for name in GENERATORS if name != "t5"])
+@torch.no_grad()
+def test_what_a_cached_step_attends_to_is_what_it_would_without_a_cache(name: str) -> None:
+    model, ask = with_prompt(GENERATORS[name](attn_implementation="eager")), {"output_attentions": True}
+    ids, mask = padded("left")
+    cache = model(ids[:, :-1], attention_mask=mask[:, :-1]).past_key_values
+    step = model(ids[:, -1:], attention_mask=mask, past_key_values=cache, **ask)
+    for ours, whole in zip(step.attentions, model(ids, attention_mask=mask, **ask).attentions, strict=True):
+        close(ours, whole[:, :, -1:])
 
 
 def test_packed_texts_are_refused() -> None:
@@ -296,12 +321,6 @@ def test_too_long_a_text_is_an_error_with_the_numbers(name: str) -> None:
     says = rf"{limit - N + 1} tokens and 3 virtual .* are {limit + 1}, .* positions for {limit}.* to {limit - N} tokens"
     with pytest.raises(ValueError, match=says):
         model(torch.ones(1, limit - N + 1, dtype=torch.long))
-
-
-def test_padding_before_a_text_is_refused_where_positions_are_not_told() -> None:
-    ids, mask = padded("left")
-    with pytest.raises(ValueError, match=r"pad on the right"):
-        with_prompt(tiny.t5_encoder())(ids, attention_mask=mask)
 
 
 def test_a_base_that_takes_no_prompt_is_refused() -> None:
@@ -357,7 +376,7 @@ def test_one_prompt_at_a_time() -> None:
 
 # ------------------------------------------------------------------------------------- agreement with PEFT
 
-TASKS = {"gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
+TASKS = {"gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "opt": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
 each_task = pytest.mark.parametrize("name", TASKS)
 
 
@@ -448,6 +467,24 @@ def test_stock_peft_makes_the_same_states_of_ours(method: Any, tmp_path: Path) -
     fresh = tiny.bert_classifier(**SHARP)
     load_adapter(fresh, tmp_path)
     close(fresh(**ask).to_tuple(), ours.to_tuple())
+
+
+@pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PromptEncoderConfig])
+@pytest.mark.parametrize("build", [tiny.bert_classifier, tiny.gpt2_classifier])
+@torch.no_grad()
+def test_a_classifier_of_stock_pefts_pools_otherwise_which_is_said(
+    config: Any, build: Callable[..., Any], tmp_path: Path
+) -> None:
+    theirs = peft.get_peft_model(build(**SHARP), config(task_type="SEQ_CLS", num_virtual_tokens=N)).eval()
+    theirs.save_pretrained(tmp_path)
+    model = build(**SHARP)
+    with pytest.warns(UserWarning, match="was trained to pool virtual tokens or padding, and here it pools the text"):
+        load_adapter(model, tmp_path)
+    ids, mask = padded("right")
+    ours, stocks = (m(input_ids=ids, attention_mask=mask).logits for m in (model, theirs))
+    assert not torch.allclose(ours, stocks, atol=1e-2)
+    save_adapter(model, tmp_path / "ours")
+    load_adapter(build(**SHARP), tmp_path / "ours")  # and of ours nothing need be said
 
 
 def test_a_loaded_p_tuning_is_a_prompt_that_trains_on(tmp_path: Path) -> None:
