@@ -65,7 +65,7 @@ def main() -> None:
     if any(re.match(r"[+~]*method\b", argument) for argument in sys.argv[1:]):
         raise RequestError(
             "compare takes several methods, methods=[lora,head], each as its YAML has it. For other options make a YAML"
-            " of your own: methods=[lora,mine] --config-dir=FOLDER, with FOLDER/method/mine.yaml."
+            " of your own, FOLDER/method/mine.yaml: methods=[lora,mine] +rates.mine=1e-3 --config-dir=FOLDER."
         )
     _main()
 
@@ -76,7 +76,7 @@ def _main(config: DictConfig) -> None:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run which is on ends too
     build.register_resolvers()
-    build.tidy_messages(logging.INFO)
+    build.tidy_messages(logging.WARNING)
     compare(config)
 
 
@@ -144,8 +144,9 @@ def plan(config: DictConfig, folder: Path) -> list[Run]:
             build.method(composed)
             own = [*differing, f"hydra.run.dir={quoted(str(place))}"]
             runs.append(Run(method, seed, place, [*own_choices, *shared, *own]))
-    for part in ("trainer", "optimizer", "scheduler", "callbacks"):  # which all runs have alike
+    for part in ("optimizer", "scheduler", "callbacks"):  # which all runs have alike
         instantiate(composed[part], _convert_="all")
+    instantiate(composed.trainer, logger=False, _convert_="all")
     return runs
 
 
@@ -210,7 +211,7 @@ def _train(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
     ):
         try:
             for line in lines:
-                if not line.endswith(("\r", "\x1b[A\n")):  # of a progress bar the last state is kept, of one below it none
+                if not line.endswith(("\r", "\x1b[A\n")):  # of a progress bar the last state is kept
                     file.write(report.plain(line))
                 say(line)
         except BaseException:

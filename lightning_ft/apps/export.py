@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
     if adapter["peft_type"] in peft.OWN_TYPES:
         loads = "lightning_ft.load_adapter loads it; stock PEFT has no such adapter"
     elif pools_prompt(adapter):
-        loads = "lightning_ft.load_adapter loads it; stock PEFT does too, but predicts otherwise, for it pools the prompt"
+        loads = "lightning_ft.load_adapter loads it; stock PEFT too, but it pools the prompt and predicts otherwise"
     else:
         loads = "PeftModel.from_pretrained loads it over that"
     report.console.print(

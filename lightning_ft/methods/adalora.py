@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ft.callbacks.finetuning import FineTuning, check_count, check_dropout, check_number
+from lightning_ft.errors import UserError
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -617,7 +618,7 @@ class AdaLoRA(FineTuning):
     def _schedule(self, trainer: Trainer) -> Schedule:
         total = self.total_step or trainer.estimated_stepping_batches
         if not 0 < total < math.inf:
-            raise ValueError(
+            raise UserError(
                 "AdaLoRA can't tell how many optimizer steps training takes, which its schedule rests on. Set the"
                 " Trainer's max_steps, or max_epochs if the data has a length, or AdaLoRA(total_step=...)."
             )
@@ -626,7 +627,7 @@ class AdaLoRA(FineTuning):
         tfinal = 3 * total // 10 if self.tfinal is None else self.tfinal
         span = total - tinit - tfinal
         if span < 1:
-            raise ValueError(
+            raise UserError(
                 f"AdaLoRA: tinit={tinit} and tfinal={tfinal} leave none of the {total} optimizer steps to allocate in."
                 " Lower them, or train longer."
             )

@@ -98,7 +98,7 @@ def test_the_card_tells_what_the_run_knows(lora_run: Path) -> None:
     }
     before, after = (results[when]["test/f1"] for when in ("before", "after"))
     for told in (
-        "# LoRA over `tiny_bert", f"| `macro F1` | {before:.4f} | {after:.4f} |", "- r: 8\n",
+        "# lora over `tiny_bert", f"| `macro F1` | {before:.4f} | {after:.4f} |", "- r: 8\n",
         f"{results['trained']:,} of {results['parameters']:,} (", "- data: `reviews.csv`",
         "- rows: `84 train`, `12 validation`, `24 test`", "- labels: `bad`, `good`, `mixed`", "- epochs: 3\n",
         f"- steps: {results['steps']}\n", "- learning rate: 0.02\n", "- batch size: 16\n", "- precision: `32-true`",
