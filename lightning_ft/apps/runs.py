@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +29,7 @@ ROOT = Path("runs")
 def refuse_used(folder: Path) -> None:
     """Raise RequestError if ``folder`` holds a run already, whose files a second one would mix with its own."""
     if (folder / CONFIG).exists():
-        raise RequestError(f"'{folder}' holds a run already: name another folder, hydra.run.dir=...")
+        raise RequestError(f"'{os.path.relpath(folder)}' holds a run already: name another hydra.run.dir.")
 
 
 def save_config(folder: Path, config: DictConfig, labels: list[str]) -> None:

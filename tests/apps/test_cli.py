@@ -200,12 +200,12 @@ NOT_RUN: dict[str, list[str]] = {
     "optimizer.lr=abc": ["the learning rate must be a number", "not abc"],
     "latency=1.5": ["latency must be a whole number of rounds", "not 1.5"],
     "data.batch_size=0": ["batch_size must be a whole number of at least 1, not 0"],
-    "method=adalora +method.total_step=1": ["none of the 1 optimizer steps"],
     "data.path=revews.csv": ["There is no file 'revews.csv'", "Did you mean reviews.csv?"],
     "data.path=bundled:nothing": ["'nothing'", "reviews_en", "reviews_zh"],
     "data.path=one_label.csv": ["only one label"],
     "data.text=body": ["no column 'body'", "text, label", "data.text=..."],
     "model.name=no/such-model": ["'no/such-model' can't be loaded", "isn't a local folder", "config.json"],
+    "method=adalora method.tinit=90": ["tinit=90 and tfinal=", "Lower them, or train longer"],
 }
 """What a run can't be made of, and what the message says."""
 

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lightning_ft
-from lightning_ft.apps import build, runs
+from lightning_ft.apps import build, latency, runs
 from lightning_ft.apps.paths import conf_dir
 
 RANK = 4
@@ -302,9 +302,12 @@ def test_evaluate_scores_other_data_under_other_names(at_home: Trained, tmp_path
     assert scores(out)[0] == f"{accuracy_score([label for _, label in rows], right):.1%}"
 
 
-def test_predict_gives_the_labels_of_the_module_in_memory_in_order(at_home: Trained, tmp_path: Path) -> None:
+def test_predict_gives_the_labels_of_the_module_in_memory_in_order(
+    at_home: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
-    out = succeed("predict", "run=runs/first", f"file={tmp_path}/texts.txt", f"out={tmp_path}/out.jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = succeed("predict", "run=runs/first", "file=~/texts.txt", "out=~/out.jsonl")
     assert f"{len(TEXTS)} predictions written" in out
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["text"] for line in lines] == TEXTS
@@ -373,6 +376,19 @@ def test_evaluate_says_what_is_wrong(at_home: Trained) -> None:
         assert all(part in message for part in said), message
 
 
+def test_figures_that_are_no_numbers_are_json_all_the_same(tmp_path: Path) -> None:
+    runs.save_results(tmp_path, {"after": {"test/loss": math.nan, "test/f1": 0.5}, "list": [math.inf, 1]})
+    assert runs.load_results(tmp_path) == {"after": {"test/loss": None, "test/f1": 0.5}, "list": [None, 1]}
+
+
+def test_evaluation_is_on_the_accelerator_and_in_the_precision_of_the_run() -> None:
+    config = OmegaConf.create({"trainer": {"accelerator": "cpu", "precision": "bf16-mixed", "max_epochs": 3}})
+    quiet = build.quiet_trainer(config)
+    assert (quiet.accelerator.__class__.__name__, quiet.precision) == ("CPUAccelerator", "bf16-mixed")
+    config.trainer.accelerator = "tpu"  # which isn't here
+    assert build.quiet_trainer(config).precision == "bf16-mixed"
+
+
 def test_without_any_run_last_says_how_to_make_one(tmp_path: Path) -> None:
     message = call("predict", "run=last", "text=good").message
     assert "no finished run" in message
@@ -438,9 +454,18 @@ def test_a_multirun_makes_a_run_of_each_combination(tiny_bert_dir: str, some_csv
     assert all((folder / "train.log").stat().st_size > 0 for folder in folders)
 
 
-def test_the_same_seed_gives_the_same_run(tiny_bert_dir: str, some_csv: Path) -> None:
-    for name in ("one", "two"):
-        succeed(*tiny_run(tiny_bert_dir, some_csv, f"hydra.run.dir={name}"))
+def test_the_same_seed_gives_the_same_run_and_a_fault_at_its_end_loses_none(
+    tiny_bert_dir: str, some_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    succeed(*tiny_run(tiny_bert_dir, some_csv, "hydra.run.dir=one"))
+    assert "'one' holds a run already" in call(*tiny_run(tiny_bert_dir, some_csv, "hydra.run.dir=one")).message
+    monkeypatch.setattr(latency, "measure", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        call(*tiny_run(tiny_bert_dir, some_csv, "hydra.run.dir=two", "latency=1"))
+    assert runs.load_results(Path("two"))["after"] == runs.load_results(Path("one"))["after"]
     one, two = (load_file(f"{name}/adapter/adapter_model.safetensors") for name in ("one", "two"))
     assert set(one) == set(two)
     assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
