@@ -385,7 +385,7 @@ def test_evaluation_is_on_the_accelerator_and_in_the_precision_of_the_run() -> N
     config = OmegaConf.create({"trainer": {"accelerator": "cpu", "precision": "bf16-mixed", "max_epochs": 3}})
     quiet = build.quiet_trainer(config)
     assert (quiet.accelerator.__class__.__name__, quiet.precision) == ("CPUAccelerator", "bf16-mixed")
-    config.trainer.accelerator = "tpu"  # which isn't here
+    config.trainer.accelerator = "gpu"  # which may not be here
     assert build.quiet_trainer(config).precision == "bf16-mixed"
 
 
