@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_ft.callbacks.checkpoint_io import METADATA, complete_checkpoint
 from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.errors import UserError
 from lightning_ft.files import peft
 from lightning_ft.files.card import Facts, pools_prompt
 from lightning_ft.files.state import StateError, frozen_keys, trained_state
@@ -413,7 +414,7 @@ def _rooms(config: Mapping[str, Any], source: str = "it") -> list[type[FineTunin
     kinds = [fields.get("peft_type") for fields in config.get("methods", [config])]
     unknown = [kind for kind in kinds if kind not in _ROOMS and kind != "PARTIAL"]
     if unknown:
-        raise ValueError(f"{source} holds a {unknown[0]} adapter; known here are {', '.join([*_ROOMS, 'PARTIAL'])}.")
+        raise UserError(f"{source} holds a {unknown[0]} adapter; known here are {', '.join([*_ROOMS, 'PARTIAL'])}.")
     return [_ROOMS[kind] for kind in kinds if kind != "PARTIAL"]
 
 

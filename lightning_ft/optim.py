@@ -8,10 +8,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_ft.errors import UserError
 from lightning_ft.injection import injected_modules, layer_depths
 
 
-class RateError(ValueError):
+class RateError(UserError):
     """A setting of the learning rate that makes no sense for this model or this training."""
 
 

@@ -97,7 +97,6 @@ class LastLayer(FineTuning):
     """A user's own method."""
 
     peft_type: ClassVar[str] = "PARTIAL"
-    default_lr: ClassVar[float] = 1e-3
 
     def inject(self, model: nn.Module) -> list[str]:
         model.encoder.requires_grad_(False)

@@ -11,8 +11,10 @@ from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_ft.apps.errors import RequestError
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.data.module import TextDataModule
 from lightning_ft.tasks.finetuner import FineTuner
@@ -44,21 +46,50 @@ def finetuner(config: DictConfig, labels: Sequence[str], label_counts: Sequence[
     return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay)
 
 
-def quiet_trainer(**arguments: Any) -> L.Trainer:
-    """A Trainer for evaluation that leaves nothing behind; ``arguments`` are more of the Trainer's."""
-    return L.Trainer(
-        **arguments,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        devices=1,
-        enable_progress_bar=False,
-    )
+def check(config: DictConfig) -> None:
+    """Raise RequestError for a value that would be found wrong only in the middle of a run."""
+    if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
+        raise RequestError(f"seed must be a whole number from 0 to {2**32 - 1}, not {config.seed}.")
+    if not isinstance(config.latency, int) or config.latency < 0:
+        raise RequestError(f"latency must be a whole number of rounds, 0 for none, not {config.latency}.")
 
 
-def predictions(module: FineTuner, data: TextDataModule, texts: Sequence[str]) -> list[dict[str, Any]]:
+def rate(config: DictConfig, method: str) -> float:
+    """The learning rate that was asked for, or else that of the method in the config's table ``rates``.
+
+    Raises:
+        RequestError: if there is none, or it's no number.
+    """
+    asked = config.optimizer.lr
+    found = config.rates.get(method) if asked is None else asked
+    if found is None:
+        raise RequestError(f"'{method}' has no learning rate: give +rates.{method}=..., or optimizer.lr=... for all.")
+    if not isinstance(found, (int, float)) or not found >= 0:
+        raise RequestError(f"the learning rate must be a number of at least 0, not {found}.")
+    return found
+
+
+def quiet_trainer(config: DictConfig, **arguments: Any) -> L.Trainer:
+    """A Trainer for evaluation that leaves nothing behind, on the accelerator and in the precision of a run.
+
+    Args:
+        config: the run's. On a machine without its accelerator it's the one that there is.
+        arguments: more of the Trainer's, or others than the run's.
+    """
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "devices": 1}
+    of_run = {key: config.trainer[key] for key in ("accelerator", "precision") if key in config.trainer}
+    arguments = {**quiet, "enable_progress_bar": False, **of_run, **arguments}
+    try:
+        return L.Trainer(**arguments)
+    except MisconfigurationException:
+        return L.Trainer(**{**arguments, "accelerator": "auto"})
+
+
+def predictions(
+    trainer: L.Trainer, module: FineTuner, data: TextDataModule, texts: Sequence[str]
+) -> list[dict[str, Any]]:
     """The module's prediction for each text, in their order."""
-    batches = quiet_trainer().predict(module, data.texts_dataloader(texts)) or []
+    batches = trainer.predict(module, data.texts_dataloader(texts)) or []
     return [row for batch in batches for row in batch]
 
 

@@ -14,6 +14,7 @@ import difflib
 import io
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,13 +23,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_ft.apps.paths import conf_dir
 
 CONSOLE = "console.log"
 
-_TRAIN = "import sys; from lightning_ft.apps.cli import run; sys.exit(run('train', sys.argv[1:]))"
+_TRAIN = """
+import sys
+sys.path = [place for place in sys.path if place]  # without the working folder, from which `python -c` imports first
+from lightning_ft.apps.cli import run
+sys.exit(run("train", sys.argv[1:]))
+"""
 _BAR = "+callbacks.progress._target_=lightning.pytorch.callbacks.TQDMProgressBar"  # Rich's says nothing to a pipe
 
 
@@ -48,13 +54,29 @@ class Run(NamedTuple):
     arguments: list[str]
 
 
+def main() -> None:
+    """Train by each method; print the comparison and write its files.
+
+    Raises:
+        RequestError: also for an option of a single method, of which Hydra would only say that it isn't there.
+    """
+    from lightning_ft.apps.errors import RequestError
+
+    if any(re.match(r"[+~]*method\b", argument) for argument in sys.argv[1:]):
+        raise RequestError(
+            "compare takes several methods, methods=[lora,head], each as its YAML has it. For other options make a YAML"
+            " of your own, FOLDER/method/mine.yaml: methods=[lora,mine] +rates.mine=1e-3 --config-dir=FOLDER."
+        )
+    _main()
+
+
 @hydra.main(config_path=str(conf_dir()), config_name="compare", version_base="1.3")
-def main(config: DictConfig) -> None:
-    """Train by each method; print the comparison and write its files."""
+def _main(config: DictConfig) -> None:
     from lightning_ft.apps import build
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run which is on ends too
     build.register_resolvers()
-    build.tidy_messages(logging.INFO)
+    build.tidy_messages(logging.WARNING)
     compare(config)
 
 
@@ -90,50 +112,72 @@ def compare(config: DictConfig) -> None:
 
 
 def plan(config: DictConfig, folder: Path) -> list[Run]:
-    """The runs in their order. Each is composed, and its method made, so that what is wrong is said now.
+    """The runs in their order. Each is composed, and what it's made of is made, so that what is wrong is said now.
 
     Raises:
         RequestError: for a method that there isn't, or that doesn't go with the other overrides.
     """
     from hydra import compose
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.utils import instantiate
 
-    from lightning_ft.apps import build
+    from lightning_ft.apps import build, records
     from lightning_ft.apps.cli import quoted
     from lightning_ft.apps.errors import RequestError
 
-    methods, seeds = _several(config, "methods"), _several(config, "seeds")
-    choices = GlobalHydra.instance().config_loader().get_group_options("method")
-    for method in methods:
-        if method not in choices:
-            near = difflib.get_close_matches(str(method), choices, n=3)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise RequestError(f"there is no method '{method}'; there are {', '.join(choices)}.{hint}")
-    if not all(isinstance(seed, int) for seed in seeds):
-        raise RequestError(f"seeds must be whole numbers, not [{', '.join(map(str, seeds))}].")
-
-    asked = HydraConfig.get()
-    given = OverridesParser.create().parse_overrides(list(asked.overrides.task))
-    if any(override.key_or_group == "method" for override in given):
-        raise RequestError("compare takes several methods: methods=[lora,head].")
-    shared = [str(o.input_line) for o in given if o.key_or_group not in ("methods", "seeds")]
-    shared += [f"{key}={config[key]}" for key in ("test_before", "latency")]  # whose defaults are others than train's
-    if config.trainer.get("enable_progress_bar", True):
-        shared.append(_BAR)
-    for method in methods:
-        build.method(compose("train", [*shared, f"method={method}"]))
-    own_choices = [f"--config-dir={s.path}" for s in asked.runtime.config_sources if s.provider == "command-line"]
+    methods, seeds = _methods(config), _several(config, "seeds")
+    if (folder / records.COMPARISON).exists():
+        raise RequestError(f"'{os.path.relpath(folder)}' holds a comparison already: name another hydra.run.dir.")
+    shared = _shared(config, seeds[0])
+    sources = HydraConfig.get().runtime.config_sources
+    own_choices = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     runs = []
     for seed in seeds:
         for method in methods:
             place = folder / (method if len(seeds) == 1 else f"{method}_seed{seed}")
             if place.exists():
                 raise RequestError(f"'{os.path.relpath(place)}' is there already: name another hydra.run.dir.")
-            own = [f"method={method}", f"seed={seed}", f"hydra.run.dir={quoted(str(place))}"]
+            differing = [f"method={method}", f"seed={seed}"]
+            composed = compose("train", [*shared, *differing])
+            build.check(composed)
+            build.rate(composed, method)
+            build.method(composed)
+            own = [*differing, f"hydra.run.dir={quoted(str(place))}"]
             runs.append(Run(method, seed, place, [*own_choices, *shared, *own]))
+    for part in ("optimizer", "scheduler", "callbacks"):  # which all runs have alike
+        instantiate(composed[part], _convert_="all")
+    instantiate(composed.trainer, logger=False, _convert_="all")
     return runs
+
+
+def _methods(config: DictConfig) -> list[str]:
+    """The methods to compare, all of which there are."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from lightning_ft.apps.errors import RequestError
+
+    methods, choices = _several(config, "methods"), GlobalHydra.instance().config_loader().get_group_options("method")
+    for method in methods:
+        if method not in choices:
+            near = difflib.get_close_matches(str(method), choices, n=3)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise RequestError(f"there is no method '{method}'; there are {', '.join(choices)}.{hint}")
+    return methods
+
+
+def _shared(config: DictConfig, seed: object) -> list[str]:
+    """The arguments of ``train`` that all runs have in common; ``seed`` is the first run's."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    shared = [str(o.input_line) for o in given if o.key_or_group not in ("methods", "seeds")]
+    shared += [f"{key}={config[key]}" for key in ("test_before", "latency")]  # whose defaults are others than train's
+    if config.trainer.get("enable_progress_bar", True):
+        shared.append(_BAR)
+    if OmegaConf.is_interpolation(config.data, "seed"):
+        shared.append(f"data.seed={seed}")  # one split for all: the scores are of the same rows
+    return shared
 
 
 def _several(config: DictConfig, key: str) -> list[Any]:
@@ -148,7 +192,7 @@ def _several(config: DictConfig, key: str) -> list[Any]:
 
 def _train(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
     """Make the run; returns what a record says of its result. ``say`` hears each line, a progress bar's too."""
-    from lightning_ft.apps import records
+    from lightning_ft.apps import records, report
 
     run.folder.mkdir(parents=True)
     log = run.folder / CONSOLE
@@ -167,8 +211,8 @@ def _train(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
     ):
         try:
             for line in lines:
-                if not line.endswith("\r"):  # of a progress bar the last state is kept
-                    file.write(line)
+                if not line.endswith(("\r", "\x1b[A\n")):  # of a progress bar the last state is kept
+                    file.write(report.plain(line))
                 say(line)
         except BaseException:
             process.terminate()
@@ -201,8 +245,12 @@ def _show(config: DictConfig, folder: Path, found: list[dict[str, Any]], about: 
     best = records.best(found)
     if best is None:
         return
-    os.utime(folder / best["folder"] / runs.RESULTS)  # run=last is the newest one
-    report.console.print(f"The best is {best['folder']}; run=last is that run now.", markup=False, soft_wrap=True)
+    place = folder / best["folder"]
+    said = f"The best on the validation rows is {best['folder']}: run={os.path.relpath(place)}"
+    if runs.ROOT.resolve() in place.resolve().parents:
+        os.utime(place / runs.RESULTS)  # the newest one
+        said += ", or run=last"
+    report.console.print(said, markup=False, soft_wrap=True)
     figure = picture(found, about["data"])
     figure.savefig(folder / "compare.png", dpi=150)
     loggers = list(instantiate(config.logger, _convert_="all").values())

@@ -14,8 +14,10 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from lightning_ft.errors import UserError
 
-class RequestError(ValueError):
+
+class RequestError(UserError):
     """What a command was asked for can't be done; the message says what can."""
 
 
@@ -32,18 +34,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, (InstantiationException, InterpolationResolutionError)):
         # What a constructor or a resolver says is to the point; the words around it add nothing.
         return str(chain[-1] if isinstance(chain[-1], (ValueError, OSError)) else error)
-    return str(error) if isinstance(error, (HydraException, OmegaConfBaseException, *_on_purpose())) else None
-
-
-def _on_purpose() -> tuple[type[Exception], ...]:
-    """The package's own errors, each raised with a message that says what to do."""
-    from lightning_ft.data.sources import DataError
-    from lightning_ft.files.state import StateError
-    from lightning_ft.injection import InjectionError
-    from lightning_ft.optim import RateError
-    from lightning_ft.tasks.pretrained import ModelNotFoundError
-
-    return RequestError, DataError, StateError, InjectionError, RateError, ModelNotFoundError, FileNotFoundError
+    asked_for = isinstance(error, (HydraException, OmegaConfBaseException, UserError, FileNotFoundError))
+    return str(error) if asked_for else None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

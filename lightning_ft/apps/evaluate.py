@@ -34,8 +34,7 @@ def main(config: DictConfig) -> None:
             self.rows = module.task.table("test")
 
     per_class = PerClass()
-    trainer = build.quiet_trainer()
-    trainer.callbacks.append(per_class)  # type: ignore[attr-defined]
+    trainer = build.quiet_trainer(runs.load_config(folder), callbacks=[per_class])
     scores = trainer.test(module, loader, verbose=False)[0]
     report.console.print(
         f"{folder} on {data.path}: accuracy {scores['test/accuracy']:.1%}, macro F1 {scores['test/f1']:.1%},"

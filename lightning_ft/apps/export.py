@@ -18,6 +18,7 @@ def main(config: DictConfig) -> None:
     from lightning_ft.apps import build, report, runs
     from lightning_ft.apps.folders import new_folder
     from lightning_ft.files import peft
+    from lightning_ft.files.card import pools_prompt
 
     build.register_resolvers()
     build.tidy_messages(logging.WARNING)
@@ -28,8 +29,11 @@ def main(config: DictConfig) -> None:
         adapter["base_model_name_or_path"] = runs.base_name(settings)
         peft.write(new, adapter, tensors, runs.card_facts(settings, runs.load_results(folder)))
         build.save_tokenizer(build.datamodule(settings), new)
-    loads = "lightning_ft.load_adapter loads it; stock PEFT has no such adapter"
-    if adapter["peft_type"] not in peft.OWN_TYPES:
+    if adapter["peft_type"] in peft.OWN_TYPES:
+        loads = "lightning_ft.load_adapter loads it; stock PEFT has no such adapter"
+    elif pools_prompt(adapter):
+        loads = "lightning_ft.load_adapter loads it; stock PEFT too, but it pools the prompt and predicts otherwise"
+    else:
         loads = "PeftModel.from_pretrained loads it over that"
     report.console.print(
         f"{folder} is exported to {out}: {adapter['peft_type']} over {adapter['base_model_name_or_path']}; {loads}.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from decimal import ROUND_UP, Context
 from typing import TYPE_CHECKING
 
 import hydra
@@ -12,6 +13,7 @@ from lightning_ft.apps.errors import RequestError
 from lightning_ft.apps.paths import conf_dir
 
 if TYPE_CHECKING:
+    import lightning as L
     from torch import Tensor
 
     from lightning_ft.data.module import TextDataModule
@@ -38,7 +40,10 @@ def main(config: DictConfig) -> None:
     with new_folder(out, config.overwrite, runs.needed(folder)) as new:
         module, data = restore(folder, OmegaConf.create())
         build.save_tokenizer(data, new)  # before it's used, since it keeps how it was called last
-        unmerged = _probabilities(module, data, config.batches)
+        settings = runs.load_config(folder)
+        # In fp32, whatever the run's precision: the difference of the weights is to be seen.
+        trainer = build.quiet_trainer(settings, precision="32-true", limit_predict_batches=config.batches)
+        unmerged = _probabilities(trainer, module, data)
         try:
             lightning_ft.merge(module)
         except NotImplementedError as error:
@@ -46,13 +51,13 @@ def main(config: DictConfig) -> None:
                 f"{error} Export it, and load it over its base: lightning-ft export run={run} out={out}"
             ) from error
         parameters, _ = count_parameters(module)
-        facts = runs.card_facts(runs.load_config(folder), runs.load_results(folder))
+        facts = runs.card_facts(settings, runs.load_results(folder))
         card = model_card(peft.describe_base(module.model), parameters, "transformers", facts)
         (new / peft.CARD).write_text(card, encoding="utf-8")
         with quietly():
             module.model.save_pretrained(new)
         module.model = load_pretrained(type(module.model), str(new))
-        changes = (_probabilities(module, data, config.batches) - unmerged).abs()
+        changes = (_probabilities(trainer, module, data) - unmerged).abs()
         change = changes.max().item() if len(changes) else 0.0
         if not change <= config.tolerance:  # nor if it isn't a number
             raise RequestError(
@@ -60,7 +65,7 @@ def main(config: DictConfig) -> None:
                 f" {str(module.model.dtype).removeprefix('torch.')}, and what is added to them is rounded to that."
                 " If it will do: tolerance=1."
             )
-    compared = f"on {len(changes):,} test rows no probability differs by more than {change:.1g}"
+    compared = f"on {len(changes):,} test rows no probability differs by more than {_up(change):.1g}"
     report.console.print(
         f"{folder} is merged in {out}: {type(module.model).__name__}, {parameters:,} parameters;"
         f" {compared if len(changes) else 'not compared with the run'}.",
@@ -69,17 +74,21 @@ def main(config: DictConfig) -> None:
     )
 
 
-def _probabilities(module: FineTuner, data: TextDataModule, batches: int) -> Tensor:
+def _up(number: float) -> float:
+    """The number to one digit, rounded up."""
+    return float(Context(prec=1, rounding=ROUND_UP).create_decimal(number))
+
+
+def _probabilities(trainer: L.Trainer, module: FineTuner, data: TextDataModule) -> Tensor:
     """Probabilities (rows, labels) for the first batches of the test data, the longest texts."""
     import torch
 
-    from lightning_ft.apps import build
     from lightning_ft.data.sources import DataError
 
-    if not batches:
+    if not trainer.limit_predict_batches:
         return torch.empty(0)
     try:
-        predictions = build.quiet_trainer(limit_predict_batches=batches).predict(module, data.test_dataloader()) or []
+        predictions = trainer.predict(module, data.test_dataloader()) or []
     except DataError as error:
         raise RequestError(f"{error} To merge without comparing with the run on its test data: batches=0.") from error
     return torch.tensor([list(row["probabilities"].values()) for batch in predictions for row in batch])

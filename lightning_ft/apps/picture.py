@@ -67,6 +67,8 @@ def _bars(axes: Axes, groups: dict[str, list[Record]], cost: Cost, colors: dict[
     axes.bar_label(bars, [digits(value) for value in values], padding=4)
     axes.set_title(f"{cost.name} ({cost.unit})")
     axes.invert_yaxis()
+    if cost.log:
+        axes.set_xscale("log")
     axes.margins(x=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

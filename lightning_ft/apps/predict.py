@@ -15,7 +15,7 @@ from lightning_ft.apps.paths import conf_dir
 @hydra.main(config_path=str(conf_dir()), config_name="predict", version_base="1.3")
 def main(config: DictConfig) -> None:
     """Print, or write as JSON lines, a label for each text."""
-    run, out = config.run, config.out
+    run, out = config.run, None if config.out is None else Path(config.out).expanduser()
 
     import json
 
@@ -25,15 +25,17 @@ def main(config: DictConfig) -> None:
     build.register_resolvers()
     build.tidy_messages(logging.WARNING)
     texts = _texts(config.text, config.file)
-    if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise RequestError(f"out='{out}' can't be written: name a file in a folder that exists.")
-    module, data = restore(runs.find_run(run), OmegaConf.create())
-    predictions = build.predictions(module, data, texts)
+    folder = runs.find_run(run)
+    module, data = restore(folder, OmegaConf.create())
+    trainer = build.quiet_trainer(runs.load_config(folder))
+    predictions = build.predictions(trainer, module, data, texts)
     if out is None:
         report.console.print(report.predictions_table(texts, predictions))
         return
     lines = [json.dumps({"text": t, **p}, ensure_ascii=False) for t, p in zip(texts, predictions, strict=True)]
-    Path(out).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     report.console.print(f"{len(lines):,} predictions written to {out}")
 
 
@@ -52,8 +54,8 @@ def _texts(text: object, file: str | None) -> list[str]:
         raise RequestError("give either text='...' (or text=[a,b]) or file=PATH, with one text a line.")
     if file is None:
         texts = as_list(text)
-    elif Path(file).is_file():
-        texts = _lines(Path(file))
+    elif (path := Path(file).expanduser()).is_file():
+        texts = _lines(path)
     else:
         raise RequestError(f"there is no file '{file}'.")
     empty = [i + 1 for i, t in enumerate(texts) if not t.strip()]

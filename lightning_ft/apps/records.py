@@ -1,9 +1,9 @@
 """What a comparison is made of: records, one a run; and the table and the files made of them.
 
 A record is flat, of plain values: ``method``, ``seed``, ``folder`` and ``status``. Of a failed run it has ``reason``;
-of a finished one the scores under their own names (``test/accuracy``, …), the :data:`COSTS`, and with these
-``parameters``, ``trained``, ``merged`` (None where there was nothing to merge), ``steps``, ``lr``, ``device``, the
-rows of the splits, and the quartiles of the latency's ratio.
+of a finished one the scores under their own names (``test/accuracy``, …, ``val/accuracy``, …), the :data:`COSTS`, and
+with these ``parameters``, ``trained``, ``merged`` (None where there was nothing to merge), ``steps``, ``lr``,
+``device``, the rows of the splits, and the quartiles of the latency's ratio.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from lightning_ft.files.card import versions
 
 Record = Mapping[str, Any]
 
+COMPARISON = "compare.json"
+
 _MERGED = {True: "yes", False: "no", None: "–"}
 
 
@@ -41,6 +43,8 @@ class Cost(NamedTuple):
     short: str
     unit: str
     scale: float = 1.0
+    log: bool = False
+    """Whether methods differ in it by orders of magnitude."""
 
 
 COSTS = (
@@ -48,7 +52,7 @@ COSTS = (
     Cost("seconds", "training time", "time", "s"),
     Cost("latency_ratio", "inference", "latency", "× bare"),  # two runs' milliseconds tell of the machine's moods too
     Cost("peak_memory_mib", "peak memory in training", "memory", "MiB"),
-    Cost("adapter_bytes", "size on disk", "size", "MiB", 2**-20),
+    Cost("adapter_bytes", "size on disk", "size", "MiB", 2**-20, log=True),
 )
 
 
@@ -60,6 +64,7 @@ def finished(folder: Path) -> dict[str, Any]:
     return {
         "status": "finished",
         **results["after"],
+        **results["validation"],
         "trained_share": results["trained"] / results["parameters"],
         **{key: results[key] for key in ("seconds", "peak_memory_mib", "adapter_bytes")},
         "latency_ms": latency["ms"],
@@ -91,7 +96,7 @@ def about(config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
 def write(folder: Path, records: Sequence[Record], about: Mapping[str, Any]) -> None:
     """Write compare.csv and compare.json."""
     text = json.dumps({**about, "records": list(records)}, indent=2)
-    (folder / "compare.json").write_text(text + "\n", encoding="utf-8")
+    (folder / COMPARISON).write_text(text + "\n", encoding="utf-8")
     columns, rows = columns_and_rows(records)
     with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
@@ -104,7 +109,7 @@ def columns_and_rows(records: Sequence[Record]) -> tuple[list[str], list[list[An
 
 
 def scores(records: Iterable[Record]) -> list[str]:
-    """The names of the test scores; the best are told by the first."""
+    """The names of the test scores; by the first, of the validation rows, the best are told."""
     keys = dict.fromkeys(key for record in records for key in record)
     return [key for key in keys if key.startswith("test/") and key != "test/loss"]
 
@@ -117,11 +122,14 @@ def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def best(records: Sequence[Record]) -> Record | None:
-    """The best run of the method with the best mean; None if no run came to its end."""
+    """The best run of the method with the best mean, on the validation rows: a choice by the test rows would flatter.
+
+    None if no run came to its end.
+    """
     groups = by_method(records)
     if not groups:
         return None
-    score = scores(records)[0]
+    score = f"val/{short(scores(records)[0])}"
     leading = max(groups.values(), key=lambda group: mean(group, score))
     return max(leading, key=lambda record: float(record[score]))
 
@@ -145,7 +153,7 @@ def table(records: Sequence[Record], data: str) -> Table:
     for heading in (*headings, "merged"):
         result.add_column(heading, justify="right")
     for method in dict.fromkeys(record["method"] for record in records):
-        group = groups.get(method)
+        group, asked = groups.get(method), sum(record["method"] == method for record in records)
         if group is None:
             result.add_row(escape(method), "[red]failed[/red]")
             continue
@@ -155,7 +163,8 @@ def table(records: Sequence[Record], data: str) -> Table:
             cell = f"{value:.1f} ± {error:.1f}" if len(group) > 1 else f"{value:.1f}"
             cells.append(f"[bold]{cell}[/bold]" if mean(group, score) == leading[score] else cell)
         cells += [digits(cost.scale * mean(group, cost.key)) for cost in COSTS]
-        result.add_row(escape(method), *cells, _MERGED[group[0]["merged"]])
+        name = method if len(group) == asked else f"{method}\n({len(group)} of {asked} seeds)"
+        result.add_row(escape(name), *cells, _MERGED[group[0]["merged"]])
     return result
 
 
@@ -164,6 +173,7 @@ def title(records: Sequence[Record], data: str) -> str:
     steps = dict.fromkeys(f"{record['steps']:,}" for record in records if record["status"] == "finished")
     seeds = dict.fromkeys(str(record["seed"]) for record in records)
     plural = "s" if len(seeds) > 1 else ""
+    data = data if len(data) <= 40 else f"…{data[-39:]}"
     return f"{data}: {' or '.join(steps) or 'no'} steps, seed{plural} {', '.join(seeds)}"
 
 

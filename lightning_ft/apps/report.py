@@ -40,6 +40,11 @@ def scores_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+def plain(line: str) -> str:
+    """A line without a terminal's codes."""
+    return _CODES.sub("", line)
+
+
 class Watch:
     """Shows, while processes run one after another, which one it is and the last that it said.
 
@@ -80,7 +85,7 @@ class Watch:
 
     def say(self, line: str) -> None:
         """It said a line, or the state of its progress bar."""
-        said = " ".join(_BAR.sub(" ", _CODES.sub("", line)).split())
+        said = " ".join(_BAR.sub(" ", plain(line)).split())
         if not said:
             return
         self._progress.update(self._task, said=said)

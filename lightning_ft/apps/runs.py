@@ -11,6 +11,8 @@ results.json    the figures of the table
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +23,13 @@ from lightning_ft.apps.errors import RequestError
 from lightning_ft.files.card import Facts, Score
 
 CONFIG, ADAPTER, RESULTS = "config.yaml", "adapter", "results.json"
+ROOT = Path("runs")
+
+
+def refuse_used(folder: Path) -> None:
+    """Raise RequestError if ``folder`` holds a run already, whose files a second one would mix with its own."""
+    if (folder / CONFIG).exists():
+        raise RequestError(f"'{os.path.relpath(folder)}' holds a run already: name another hydra.run.dir.")
 
 
 def save_config(folder: Path, config: DictConfig, labels: list[str]) -> None:
@@ -35,23 +44,27 @@ def save_config(folder: Path, config: DictConfig, labels: list[str]) -> None:
     (folder / CONFIG).write_text(OmegaConf.to_yaml(copy), encoding="utf-8")
 
 
-def find_run(name: str, root: Path = Path("runs")) -> Path:
+def find_run(name: str, root: Path = ROOT) -> Path:
     """The folder of a finished run: a path, or ``last`` for the newest one in ``runs/``, of a comparison the best.
 
     Raises:
         RequestError: if it isn't there, or holds no adapter.
     """
+    finished = [path.parent for path in root.glob(f"**/{RESULTS}")]
     if name == "last":
-        finished = [path.parent for path in root.glob(f"**/{RESULTS}")]
         if not finished:
             raise RequestError(f"there is no finished run in '{root}'; `lightning-ft train` makes one.")
-        return max(finished, key=lambda path: (path / RESULTS).stat().st_mtime)
+        return max(finished, key=_time)
     folder = Path(name).expanduser()
     if not (folder / CONFIG).is_file() or not (folder / ADAPTER).is_dir():
-        runs = sorted(str(path.parent) for path in root.glob(f"**/{RESULTS}"))[-5:]
-        there = f" The newest runs: {', '.join(runs)}." if runs else ""
+        newest = [str(path) for path in sorted(finished, key=_time)[-5:]]
+        there = f" The newest runs: {', '.join(newest)}." if newest else ""
         raise RequestError(f"run='{name}' isn't the folder of a finished run ({CONFIG}, {ADAPTER}/).{there}")
     return folder
+
+
+def _time(folder: Path) -> float:
+    return (folder / RESULTS).stat().st_mtime
 
 
 def load_config(folder: Path) -> DictConfig:
@@ -64,6 +77,19 @@ def load_config(folder: Path) -> DictConfig:
 def needed(folder: Path) -> list[Path]:
     """What coming back to a run needs: its adapter, and its base where that is a folder."""
     return [folder / ADAPTER, Path(load_config(folder).model.name)]
+
+
+def save_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write the figures of a run; what isn't a finite number as null, since JSON has no other."""
+    (folder / RESULTS).write_text(json.dumps(_finite(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_results(folder: Path) -> dict[str, Any]:

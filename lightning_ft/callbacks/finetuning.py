@@ -88,9 +88,6 @@ class FineTuning(Callback, ABC):
     decides_alone: ClassVar[bool] = False
     """Whether it says of every parameter of the base if it trains, so that no second method can."""
 
-    default_lr: ClassVar[float]
-    """A learning rate of AdamW that usually works, for those who name none."""
-
     @abstractmethod
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base and put the method into ``model``, in place. Doing it twice is doing it once.
@@ -108,6 +105,14 @@ class FineTuning(Callback, ABC):
     def describe(self, model: nn.Module, names: Sequence[str]) -> str:
         """One line on what :meth:`inject` did to ``model``; ``names`` is what it returned."""
         return describe(model, names)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the model in training has the form by now that it is to have in the end."""
+        return True
+
+    def finish(self, model: nn.Module) -> None:
+        """Take out of a trained model what has no part in its outputs, e.g. when a checkpoint was loaded into it."""
 
     @staticmethod
     def to_peft(layers: Mapping[str, Injected], base: Base) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class TextDataModule(L.LightningDataModule):
         reserved: positions to leave free where ``max_length`` isn't given, for the virtual tokens of a soft prompt.
 
     Raises:
+        ValueError: for a batch size below 1.
         DataError: in ``setup``, naming the file, the row or the column, and the cure.
     """
 
@@ -62,6 +63,8 @@ class TextDataModule(L.LightningDataModule):
         encoding: str = "utf-8",
     ) -> None:
         super().__init__()
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
         self.path, self.text, self.label, self.encoding = path, text, label, encoding
         self.validation, self.test, self.seed = validation, test, seed
         self.max_length, self.batch_size, self.num_workers = max_length, batch_size, num_workers

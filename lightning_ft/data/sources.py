@@ -14,13 +14,15 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from lightning_ft.errors import UserError
+
 SPLITS = ("train", "validation", "test")
 _ALIASES = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _BUNDLED = Path(__file__).parent / "bundled"
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data can't be used as it is; the message names the file, the row or column, and the cure."""
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ft.errors import UserError
 from lightning_ft.injection import Base, injected_names
 
 
-class StateError(RuntimeError):
+class StateError(UserError, RuntimeError):
     """A checkpoint or an adapter doesn't fit the model; the message names the keys and the cure."""
 
 
@@ -75,7 +76,7 @@ def complete_state(
     """
     live = model.state_dict()
     # The rest is for strict loading to tell, after the module's own on_load_checkpoint.
-    missing = [key for key in ours if key not in state]
+    missing = sorted(key for key in ours if key not in state)
     if missing:
         raise StateError(
             f"{source} has no value for {len(missing)} trained tensors, {', '.join(missing[:3])} among them."

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from lightning_ft.errors import UserError
 
-class InjectionError(ValueError):
+
+class InjectionError(UserError):
     """A method can't go into this model as asked; the message names the cause and the cure."""
 
 

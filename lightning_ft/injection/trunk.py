@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ft.errors import UserError
 from lightning_ft.injection.targets import Base, InjectionError, is_pretrained_model
 
 
@@ -43,7 +44,7 @@ class Trunk:
         """
         given = [inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None]
         if len(given) != 1:
-            raise ValueError("Give either input_ids or inputs_embeds.")
+            raise UserError("Give either input_ids or inputs_embeds.")
         tokens: Tensor = given[0]
         return tokens
 
@@ -70,7 +71,7 @@ class Trunk:
     def check_length(self, tokens: int, added: int) -> None:
         """Raise ValueError if ``tokens`` and ``added`` before them are more than it has positions for."""
         if self.max_positions is not None and tokens + added > self.max_positions:
-            raise ValueError(
+            raise UserError(
                 f"{tokens} tokens and {added} virtual tokens before them are {tokens + added}, and the model has"
                 f" positions for {self.max_positions}. Truncate texts to {self.max_positions - added} tokens, or use"
                 " fewer virtual tokens."

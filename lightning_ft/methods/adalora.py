@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ft.callbacks.finetuning import FineTuning, check_count, check_dropout, check_number
+from lightning_ft.errors import UserError
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -363,7 +364,6 @@ class AdaLoRA(FineTuning):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
-    default_lr: ClassVar[float] = 1e-2  # λ starts at 0 between short vectors: above LoRA's, or it takes long to begin
     layers: ClassVar[tuple[type[Injected], ...]] = (AdaLoRALinear, AdaLoRAConv1D)
 
     def __init__(
@@ -435,6 +435,17 @@ class AdaLoRA(FineTuning):
             assert layer is not None
             plan[name] = Layer(layer, settings, partial(layer.start, module, self._ranks.get(name, self.init_r)))
         return inject_layers(base, plan, "AdaLoRA", saved)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the ranks are final."""
+        return self._allocator is None or self._allocator.step >= self._allocator.schedule.end
+
+    def finish(self, model: nn.Module) -> None:
+        """Remove the triplets that contribute nothing, as a fit does at its end."""
+        for _, layer in injected_modules(find_base(model, self.backbone).root):
+            if isinstance(layer, AdaLoRALayer):
+                prune(layer, alive(layer))
 
     # ---------------------------------------------------------------------------------- in PEFT's files
 
@@ -607,7 +618,7 @@ class AdaLoRA(FineTuning):
     def _schedule(self, trainer: Trainer) -> Schedule:
         total = self.total_step or trainer.estimated_stepping_batches
         if not 0 < total < math.inf:
-            raise ValueError(
+            raise UserError(
                 "AdaLoRA can't tell how many optimizer steps training takes, which its schedule rests on. Set the"
                 " Trainer's max_steps, or max_epochs if the data has a length, or AdaLoRA(total_step=...)."
             )
@@ -616,7 +627,7 @@ class AdaLoRA(FineTuning):
         tfinal = 3 * total // 10 if self.tfinal is None else self.tfinal
         span = total - tinit - tfinal
         if span < 1:
-            raise ValueError(
+            raise UserError(
                 f"AdaLoRA: tinit={tinit} and tfinal={tfinal} leave none of the {total} optimizer steps to allocate in."
                 " Lower them, or train longer."
             )

@@ -299,7 +299,6 @@ class Adapter(FineTuning):
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"
-    default_lr: ClassVar[float] = 3e-3
     layers: ClassVar[tuple[type[Injected], ...]] = (SequentialAdapter, ParallelAdapter, ResidualAdapter)
 
     def __init__(

@@ -39,7 +39,6 @@ class BitFit(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PARTIAL"
-    default_lr: ClassVar[float] = 3e-3
 
     def __init__(
         self,

@@ -55,7 +55,6 @@ class TopLayers(FineTuning):
 
     peft_type: ClassVar[str] = "PARTIAL"
     decides_alone: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 2e-4
 
     def __init__(
         self, k: int = 2, *, modules_to_save: Sequence[str] | None = None, backbone: str | None = None
@@ -94,7 +93,6 @@ class GradualUnfreezing(FineTuning):
 
     peft_type: ClassVar[str] = "PARTIAL"
     decides_alone: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 2e-4
 
     def __init__(
         self,

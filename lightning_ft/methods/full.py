@@ -22,7 +22,6 @@ class FullFineTuning(FineTuning):
 
     peft_type: ClassVar[str] = "PARTIAL"
     decides_alone: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 5e-5
 
     def inject(self, model: nn.Module) -> list[str]:
         """Unfreeze the base; see :meth:`FineTuning.inject`."""

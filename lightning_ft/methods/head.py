@@ -23,7 +23,6 @@ class HeadOnly(FineTuning):
 
     peft_type: ClassVar[str] = "PARTIAL"
     decides_alone: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 1e-2
 
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base; see :meth:`FineTuning.inject`."""

@@ -187,7 +187,6 @@ class IA3(FineTuning):
     """
 
     peft_type: ClassVar[str] = "IA3"
-    default_lr: ClassVar[float] = 2e-2
     layers: ClassVar[tuple[type[Injected], ...]] = (IA3Output, IA3Input)
 
     def __init__(

@@ -39,7 +39,6 @@ class LayerNormTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PARTIAL"
-    default_lr: ClassVar[float] = 5e-3
 
     def __init__(
         self,

@@ -452,7 +452,6 @@ class LoRA(FineTuning):
     """
 
     peft_type: ClassVar[str] = "LORA"
-    default_lr: ClassVar[float] = 1e-3
     layers: ClassVar[tuple[type[Injected], ...]] = tuple(
         layer for kind in (_LINEAR, _CONV1D, _EMBEDDING, _CONV) for layer in kind.values()
     )

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_ft.callbacks.finetuning import FineTuning, check_count
+from lightning_ft.errors import UserError
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -206,7 +207,7 @@ class PrefixAttention(Injected):
         if mask is None:
             return None
         if not isinstance(mask, Tensor):
-            raise ValueError(
+            raise UserError(
                 f"Prefix tuning knows masks that are tensors, not {type(mask).__name__}: use sdpa or eager."
             )
         shown = mask.new_ones if mask.dtype == torch.bool or mask.ndim == 2 else mask.new_zeros
@@ -271,7 +272,6 @@ class PrefixTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
-    default_lr: ClassVar[float] = 3e-2
     layers: ClassVar[tuple[type[Injected], ...]] = (PrefixLayer, ProjectedPrefix, PrefixAttention, PrefixPositions)
     inside: ClassVar[str] = "base_model."
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_ft.callbacks.finetuning import FineTuning, check_choice, check_count
+from lightning_ft.errors import UserError
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -298,7 +299,7 @@ def _check(inputs: Mapping[str, Any], tokens: int, before: int | None) -> None:
     """
     mask, positions, past = (inputs.get(key) for key in ("attention_mask", "position_ids", "past_key_values"))
     if getattr(past, "is_compileable", False) or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
-        raise ValueError(
+        raise UserError(
             "A soft prompt goes with an attention_mask of (batch, tokens), and with the default, dynamic cache: a"
             " static one has its mask, of four dimensions, made for the tokens alone."
         )
@@ -307,14 +308,14 @@ def _check(inputs: Mapping[str, Any], tokens: int, before: int | None) -> None:
     if before is not None and mask is None and positions is not None:
         told = int(positions.max()) + 1
     if told != seen:
-        raise ValueError(
+        raise UserError(
             f"The mask or position ids are for {told} tokens, and with the cache there are {seen}. The cache holds the"
             " prompt too, so that generate() can't tell what of input_ids it has seen: start without one."
         )
     if mask is None and positions is not None and before is None and bool((positions.diff() <= 0).any()):
-        raise ValueError("The position ids tell of texts packed in a row; the prompt would go before the first.")
+        raise UserError("The position ids tell of texts packed in a row; the prompt would go before the first.")
     if before is not None and mask is not None and bool((_padding_before(mask) > before).any()):
-        raise ValueError(
+        raise UserError(
             "Of a row the cache holds padding alone, and the prompt behind it, where more padding comes: let the"
             " first pass reach the text (no prefill_chunk_size shorter than the padding), or pad on the right."
         )
@@ -410,7 +411,6 @@ class PromptTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    default_lr: ClassVar[float] = 3e-2
     layers: ClassVar[tuple[type[Injected], ...]] = (PromptLayer, PromptAttention)
     inside: ClassVar[str] = "base_model."
 
@@ -500,7 +500,6 @@ class PTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "P_TUNING"
-    default_lr: ClassVar[float] = 3e-3
     layers: ClassVar[tuple[type[Injected], ...]] = (MLPPrompt, LSTMPrompt, EncodedPromptAttention)
     inside: ClassVar[str] = PromptTuning.inside
 

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning_ft.errors import UserError
 
-class ModelNotFoundError(OSError):
+
+class ModelNotFoundError(UserError, OSError):
     """There is no such pretrained model here, nor on the hub as far as it can be reached, or it doesn't load."""
 
 

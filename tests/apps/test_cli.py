@@ -16,6 +16,7 @@ from lightning_ft.apps import build, predict
 from lightning_ft.apps.cli import APPS, _quote
 from lightning_ft.apps.errors import RequestError, explain
 from lightning_ft.data.sources import DataError
+from lightning_ft.errors import UserError
 from lightning_ft.files.state import StateError
 from lightning_ft.injection import InjectionError
 from lightning_ft.optim import RateError
@@ -194,11 +195,17 @@ NOT_RUN: dict[str, list[str]] = {
     "scheduler.warmup=-1": ["warmup", "-1"],
     "task.class_weights=[1]": ["class_weights must be 3 numbers"],
     "trainer.precision=bf61": ["bf61"],
+    "seed=-1": ["seed must be a whole number from 0", "not -1"],
+    "seed=abc": ["seed must be a whole number from 0", "not abc"],
+    "optimizer.lr=abc": ["the learning rate must be a number", "not abc"],
+    "latency=1.5": ["latency must be a whole number of rounds", "not 1.5"],
+    "data.batch_size=0": ["batch_size must be a whole number of at least 1, not 0"],
     "data.path=revews.csv": ["There is no file 'revews.csv'", "Did you mean reviews.csv?"],
     "data.path=bundled:nothing": ["'nothing'", "reviews_en", "reviews_zh"],
     "data.path=one_label.csv": ["only one label"],
     "data.text=body": ["no column 'body'", "text, label", "data.text=..."],
     "model.name=no/such-model": ["'no/such-model' can't be loaded", "isn't a local folder", "config.json"],
+    "method=adalora method.tinit=90": ["tinit=90 and tfinal=", "Lower them, or train longer"],
 }
 """What a run can't be made of, and what the message says."""
 
@@ -213,7 +220,7 @@ def test_what_cannot_be_run_is_said_in_a_message(tiny_bert_dir: str, tmp_path: P
     for argument in NOT_RUN:
         data = write_csv(tmp_path / "reviews.csv", reviews(30, seed=0))
         write_csv(tmp_path / "one_label.csv", [("good", "good")] * 20)
-        message = call(*tiny_run(tiny_bert_dir, data, argument)).message
+        message = call(*tiny_run(tiny_bert_dir, data, *argument.split())).message
         assert all(part in message for part in NOT_RUN[argument]), message
         assert len(message.splitlines()) <= 3
 
@@ -258,6 +265,7 @@ def test_an_interruption_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_the_package_raises_on_purpose_is_a_message_and_anything_else_a_fault() -> None:
     for on_purpose in (RequestError, DataError, InjectionError, StateError, RateError, ModelNotFoundError):
+        assert issubclass(on_purpose, UserError)
         assert explain(on_purpose("do this")) == "do this"
     for fault in (ValueError, RuntimeError, OSError, TypeError, KeyError):
         assert explain(fault("a fault")) is None

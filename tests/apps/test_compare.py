@@ -26,6 +26,7 @@ from lightning_ft.apps.picture import picture
 from lightning_ft.injection import injected_modules
 
 METHODS = ["lora", "broken", "head"]
+RATE = 0.5
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ def compared(tiny_bert_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Co
     data = write_csv(home / "re, views.csv", reviews(120, seed=0))
     (home / "own" / "method").mkdir(parents=True)
     (home / "own" / "method" / "broken.yaml").write_text("_target_: lightning_ft.LoRA\ntarget_modules: nowhere\n")
-    more = [f"methods=[{','.join(METHODS)}]", "hydra.run.dir=runs/compare", "latency=2", "--config-dir=own"]
+    (home / "datasets.py").write_text("raise ImportError('a file of the user, not the package')\n")
+    more = [f"methods=[{','.join(METHODS)}]", "hydra.run.dir=runs/compare", "latency=2"]
+    more += [f"+rates.broken={RATE}", "--config-dir=own"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("HF_DATASETS_CACHE", str(home / "cache"))
@@ -75,10 +78,12 @@ def compared(tiny_bert_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Co
 
 def test_the_runs_differ_in_the_method_and_its_rate_alone(compared: Compared) -> None:
     lora, head = (yaml.safe_load((compared.folder / method / "config.yaml").read_text()) for method in ("lora", "head"))
-    for config, method in ((lora, LoRA), (head, lightning_ft.HeadOnly)):
-        assert config.pop("method")["_target_"] == f"lightning_ft.{method.__name__}"
-        assert config["optimizer"].pop("lr") == method.default_lr
+    for config, method, target in ((lora, "lora", "LoRA"), (head, "head", "HeadOnly")):
+        assert config.pop("method")["_target_"] == f"lightning_ft.{target}"
+        assert config["optimizer"].pop("lr") == config["rates"][method]
     assert lora == head
+    assert lora["rates"]["broken"] == RATE
+    assert lora["data"]["seed"] == lora["seed"]
 
 
 def test_every_method_got_the_same_steps_and_the_same_test_rows(compared: Compared) -> None:
@@ -95,7 +100,8 @@ def test_every_method_got_the_same_steps_and_the_same_test_rows(compared: Compar
 def test_a_record_says_what_the_runs_own_results_say(compared: Compared) -> None:
     for method in ["lora", "head"]:
         record, results = compared.records[method], compared.results(method)
-        assert {key: record[key] for key in results["after"]} == results["after"]
+        for part in ("after", "validation"):
+            assert {key: record[key] for key in results[part]} == results[part]
         for key in ("seconds", "peak_memory_mib", "adapter_bytes", "parameters", "trained", "steps", "lr"):
             assert record[key] == results[key], key
         assert record["trained_share"] == results["trained"] / results["parameters"]
@@ -136,15 +142,18 @@ def test_it_shows_which_method_is_on_and_the_comparison_at_the_end(compared: Com
     console = (compared.folder / "lora" / "console.log").read_text(encoding="utf-8")
     assert "Epoch 1" in console
     assert "\r" not in console, "of a progress bar, every state"
+    assert "\x1b" not in console
+    assert "Validation DataLoader" not in console
 
 
 def test_one_can_come_back_to_its_runs_and_the_last_is_the_best(compared: Compared) -> None:
     here = compared.home
     succeed("predict", "run=runs/compare/head", "text=good", cwd=here)
-    scores = {m: compared.records[m]["test/accuracy"] for m in ("lora", "head")}
+    best = max(("lora", "head"), key=lambda m: compared.records[m]["val/accuracy"])
+    assert f"{best}: run=runs/compare/{best}, or run=last" in compared.answer.out
     said = succeed("evaluate", "run=last", cwd=here)
-    assert said.startswith(f"runs/compare/{max(scores, key=lambda m: scores[m])} on ")
-    assert f"accuracy {max(scores.values()):.1%}" in said
+    assert said.startswith(f"runs/compare/{best} on ")
+    assert f"accuracy {compared.records[best]['test/accuracy']:.1%}" in said
 
 
 def test_what_all_runs_have_in_common_is_written_once(compared: Compared) -> None:
@@ -203,7 +212,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[compare.Run]:
 def finished(method: str, seed: int, score: float, share: float = 0.01, merged: bool | None = None) -> dict[str, Any]:
     costs = {cost.key: 2.0 for cost in records.COSTS} | {"latency_ms": 2.0}
     name = {"method": method, "seed": seed, "folder": method, "status": "finished", "steps": 8, "merged": merged}
-    return {**name, "test/loss": 1.0, "test/accuracy": score, "test/f1": score, **costs, "trained_share": share}
+    scores = {f"{split}/{kind}": score for split in ("test", "val") for kind in ("accuracy", "f1")}
+    return {**name, "test/loss": 1.0, **scores, **costs, "trained_share": share}
 
 
 @pytest.fixture
@@ -213,14 +223,21 @@ def data(tmp_path: Path) -> Path:
 
 def test_what_is_wrong_is_said_before_any_run(tiny_bert_dir: str, data: Path, made: list[compare.Run]) -> None:
     (data.parent / "there" / "full").mkdir(parents=True)
+    (data.parent / "compared").mkdir()
+    (data.parent / "compared" / "compare.json").write_text("{}")
     for override, said in [
         ("methods=[lora,haed]", ["no method 'haed'", *choices("method"), "Did you mean head?"]),
         ("methods=[lora,lora]", ["methods must be a list of different values"]),
         ("methods=[]", ["methods must be a list"]),
-        ("seeds=[0,first]", ["seeds must be whole numbers, not [0, first]"]),
+        ("seeds=[0,first]", ["seed must be a whole number from 0", "not first"]),
+        ("seed=-1", ["seed must be a whole number from 0", "not -1"]),
+        ("latency=1.5", ["latency must be a whole number of rounds", "not 1.5"]),
+        ("optimizer.lr=high", ["the learning rate must be a number", "not high"]),
+        ("~rates.head", ["'head' has no learning rate", "+rates.head=..."]),
         ("hydra.run.dir=there", ["'there/full' is there already"]),
-        ("method=lora", ["methods=["]),
-        ("method.r=4", ["no option 'method'", "Did you mean 'methods'?"]),
+        ("hydra.run.dir=compared", ["'compared' holds a comparison already"]),
+        *((argument, ["methods=["]) for argument in ("method=lora", "method.r=4", "++method.r=4")),
+        ("trainer.precision=bf61", ["bf61"]),
         ("optimizer.rl=1", ["no option 'optimizer.rl'", "'optimizer' has"]),
         ("data.text=body", ["no column 'body'"]),
     ]:
@@ -237,9 +254,11 @@ def test_a_run_for_each_method_and_seed_in_a_folder_of_its_own(
     assert [run.folder.name for run in made] == ["lora_seed0", "head_seed0", "lora_seed3", "head_seed3"]
     for run in made:
         assert {f"method={run.method}", f"seed={run.seed}", "trainer.max_epochs=1"} <= set(run.arguments)
+        assert "data.seed=0" in run.arguments, "each seed would be tested on other rows"
         assert not [argument for argument in run.arguments if argument.startswith(("methods", "seeds"))]
     deviation = statistics.stdev([50, 80])
     assert out.count(f"65.0 ± {deviation:.1f}") == 4  # two scores of two methods
+    assert "run=compare/lora\n" in out, "run=last knows those in runs/ alone"
 
 
 # ------------------------------------------------------------------------------------- a run's process
@@ -347,9 +366,10 @@ def test_what_cannot_be_merged_is_timed_as_it_is(
 # ------------------------------------------------------------------------------------- table and picture
 
 
-def test_the_best_is_of_the_method_with_the_best_mean() -> None:
+def test_the_best_is_of_the_method_with_the_best_mean_on_the_validation_rows() -> None:
     scores = {"a": (0.9, 0.1), "b": (0.6, 0.7), "c": (0.5, 0.6)}
     found = [finished(method, seed, score) for method, both in scores.items() for seed, score in enumerate(both)]
+    found = [{**record, "test/accuracy": 0.5, "test/f1": -record["val/f1"]} for record in found]
     found.append({"method": "d", "seed": 0, "folder": "d", "status": "failed", "reason": "x"})
     best = records.best(found)
     assert best is not None
@@ -357,11 +377,17 @@ def test_the_best_is_of_the_method_with_the_best_mean() -> None:
     assert records.best(found[-1:]) is None
 
 
-def test_a_comparison_in_which_all_fail_has_a_table() -> None:
-    found = [{"method": "a", "seed": 0, "folder": "a", "status": "failed", "reason": "x"}]
-    with report.console.capture() as captured:
-        report.console.print(records.table(found, "data"))
-    assert "failed" in captured.get()
+def test_the_table_says_what_failed() -> None:
+    found = [
+        {"method": method, "seed": seed, "folder": "a", "status": "failed", "reason": "x"}
+        for method in "ab"
+        for seed in (0, 1)
+    ]
+    for runs, said in ((found, "failed"), ([finished("a", 2, 0.5), *found], "(1 of 3 seeds)")):
+        with report.console.capture() as captured:
+            report.console.print(records.table(runs, "/a/long/path" * 20))
+        assert said in captured.get()
+        assert captured.get().count("path: ") == 1, "the title is one line"
 
 
 @pytest.mark.parametrize("count", [1, 12])
@@ -374,7 +400,7 @@ def test_no_name_in_the_picture_meets_another_or_a_dot(count: int) -> None:
     ]
     figure = picture(found, "data")
     figure.draw_without_rendering()
-    (axes,) = [a for a in figure.axes if a.get_xscale() == "log"]
+    (axes,) = [a for a in figure.axes if a.get_xlabel() == "share of parameters trained"]
     names = [child for child in axes.texts if isinstance(child, Annotation) and child.get_text()]
     boxes = [name.get_window_extent() for name in names]
     dots = axes.transData.transform([name.xy for name in names])

@@ -43,12 +43,15 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def test_every_methods_export_loads_and_predicts_the_same(each_run: Path) -> None:
-    folder = exported(each_run)
+    said = succeed("export", f"run={each_run}", "out=exported")
+    folder = Path("exported")
     wanted = predicted(each_run)
     ours = base_of(each_run)
     lightning_ft.load_adapter(ours, folder)
     torch.testing.assert_close(probabilities(ours, folder), wanted, atol=1e-5, rtol=0)
-    if config_of(folder)["peft_type"] not in OWN_TYPES | POOLED_BY_PEFT:
+    alike = config_of(folder)["peft_type"] not in OWN_TYPES | POOLED_BY_PEFT
+    assert ("; PeftModel.from_pretrained loads it over that" in said) == alike
+    if alike:
         stock = peft.PeftModel.from_pretrained(base_of(each_run), folder)
         torch.testing.assert_close(probabilities(stock, folder), wanted, atol=1e-5, rtol=0)
 
@@ -98,7 +101,7 @@ def test_the_card_tells_what_the_run_knows(lora_run: Path) -> None:
     }
     before, after = (results[when]["test/f1"] for when in ("before", "after"))
     for told in (
-        "# LoRA over `tiny_bert", f"| `macro F1` | {before:.4f} | {after:.4f} |", "- r: 8\n",
+        "# lora over `tiny_bert", f"| `macro F1` | {before:.4f} | {after:.4f} |", "- r: 8\n",
         f"{results['trained']:,} of {results['parameters']:,} (", "- data: `reviews.csv`",
         "- rows: `84 train`, `12 validation`, `24 test`", "- labels: `bad`, `good`, `mixed`", "- epochs: 3\n",
         f"- steps: {results['steps']}\n", "- learning rate: 0.02\n", "- batch size: 16\n", "- precision: `32-true`",

@@ -24,8 +24,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lightning_ft
-from lightning_ft import FullFineTuning, HeadOnly
-from lightning_ft.apps import build, runs
+from lightning_ft.apps import build, latency, runs
 from lightning_ft.apps.paths import conf_dir
 
 RANK = 4
@@ -147,6 +146,7 @@ def test_the_checkpoint_is_of_the_best_epoch_and_of_what_was_trained(trained: Tr
     checkpoint = torch.load(trained.folder / "checkpoints" / "best.ckpt")
     f1 = trained.metrics("val/f1")
     assert checkpoint["epoch"] == f1.index(max(f1))
+    assert trained.results["validation"]["val/f1"] == pytest.approx(max(f1))
     state = checkpoint["state_dict"]
     assert set(state) == {name for name, p in trained.module.named_parameters() if p.requires_grad}
     assert sum(tensor.numel() for tensor in state.values()) == trained.results["trained"]
@@ -259,7 +259,7 @@ def test_the_costs_are_plausible(trained: Trained) -> None:
 
 def test_the_printed_table_shows_the_figures(trained: Trained) -> None:
     results, out = trained.results, trained.out
-    assert "LoRA on data" in out
+    assert "lora on data" in out
     for name, label in (("accuracy", "test accuracy"), ("f1", "test macro F1")):
         before, after = (results[when][f"test/{name}"] for when in ("before", "after"))
         assert re.search(rf"{label} +│ +{before:.1%} │ +{after:.1%} ", out)
@@ -302,9 +302,12 @@ def test_evaluate_scores_other_data_under_other_names(at_home: Trained, tmp_path
     assert scores(out)[0] == f"{accuracy_score([label for _, label in rows], right):.1%}"
 
 
-def test_predict_gives_the_labels_of_the_module_in_memory_in_order(at_home: Trained, tmp_path: Path) -> None:
+def test_predict_gives_the_labels_of_the_module_in_memory_in_order(
+    at_home: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
-    out = succeed("predict", "run=runs/first", f"file={tmp_path}/texts.txt", f"out={tmp_path}/out.jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = succeed("predict", "run=runs/first", "file=~/texts.txt", "out=~/out.jsonl")
     assert f"{len(TEXTS)} predictions written" in out
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["text"] for line in lines] == TEXTS
@@ -373,6 +376,19 @@ def test_evaluate_says_what_is_wrong(at_home: Trained) -> None:
         assert all(part in message for part in said), message
 
 
+def test_figures_that_are_no_numbers_are_json_all_the_same(tmp_path: Path) -> None:
+    runs.save_results(tmp_path, {"after": {"test/loss": math.nan, "test/f1": 0.5}, "list": [math.inf, 1]})
+    assert runs.load_results(tmp_path) == {"after": {"test/loss": None, "test/f1": 0.5}, "list": [None, 1]}
+
+
+def test_evaluation_is_on_the_accelerator_and_in_the_precision_of_the_run() -> None:
+    config = OmegaConf.create({"trainer": {"accelerator": "cpu", "precision": "bf16-mixed", "max_epochs": 3}})
+    quiet = build.quiet_trainer(config)
+    assert (quiet.accelerator.__class__.__name__, quiet.precision) == ("CPUAccelerator", "bf16-mixed")
+    config.trainer.accelerator = "gpu"  # which may not be here
+    assert build.quiet_trainer(config).precision == "bf16-mixed"
+
+
 def test_without_any_run_last_says_how_to_make_one(tmp_path: Path) -> None:
     message = call("predict", "run=last", "text=good").message
     assert "no finished run" in message
@@ -395,7 +411,7 @@ def test_every_choice_trains(choice: str, tiny_bert_dir: str, some_csv: Path) ->
 
 @pytest.mark.parametrize(
     ("asked", "rate"),
-    [("method=head", HeadOnly.default_lr), ("method=full", FullFineTuning.default_lr), ("optimizer.lr=0.125", 0.125)],
+    [("method=head", 1e-2), ("method=full", 5e-5), ("optimizer.lr=0.125", 0.125)],
 )
 def test_a_rate_of_null_is_the_methods_own_and_a_given_one_is_used(
     asked: str, rate: float, tiny_bert_dir: str, some_csv: Path
@@ -432,15 +448,24 @@ def test_a_multirun_makes_a_run_of_each_combination(tiny_bert_dir: str, some_csv
         (f"lightning_ft.{method}", seed) for method in ("LoRA", "HeadOnly") for seed in (0, 1)
     ]
     results = [json.loads((folder / "results.json").read_text()) for folder in folders]
-    assert [r["method"] for r in results] == ["LoRA", "LoRA", "HeadOnly", "HeadOnly"]
+    assert [r["method"] for r in results] == ["lora", "lora", "head", "head"]
     assert len({r["after"]["test/loss"] for r in results}) == 4
     assert runs.find_run("last") == folders[-1]
     assert all((folder / "train.log").stat().st_size > 0 for folder in folders)
 
 
-def test_the_same_seed_gives_the_same_run(tiny_bert_dir: str, some_csv: Path) -> None:
-    for name in ("one", "two"):
-        succeed(*tiny_run(tiny_bert_dir, some_csv, f"hydra.run.dir={name}"))
+def test_the_same_seed_gives_the_same_run_and_a_fault_at_its_end_loses_none(
+    tiny_bert_dir: str, some_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    succeed(*tiny_run(tiny_bert_dir, some_csv, "hydra.run.dir=one"))
+    assert "'one' holds a run already" in call(*tiny_run(tiny_bert_dir, some_csv, "hydra.run.dir=one")).message
+    monkeypatch.setattr(latency, "measure", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        call(*tiny_run(tiny_bert_dir, some_csv, "hydra.run.dir=two", "latency=1"))
+    assert runs.load_results(Path("two"))["after"] == runs.load_results(Path("one"))["after"]
     one, two = (load_file(f"{name}/adapter/adapter_model.safetensors") for name in ("one", "two"))
     assert set(one) == set(two)
     assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())

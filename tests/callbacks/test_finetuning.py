@@ -524,7 +524,7 @@ def test_what_trains_is_counted_and_said() -> None:
 
 def test_a_users_own_method_needs_only_inject() -> None:
     class LastLayer(FineTuning):
-        peft_type, default_lr = "PARTIAL", 1e-3
+        peft_type = "PARTIAL"
 
         def inject(self, model: nn.Module) -> list[str]:
             model.encoder.requires_grad_(False)

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_ft
 from lightning_ft import AdaLoRA, InjectionError
+from lightning_ft.callbacks.best import BestCheckpoint
 from lightning_ft.injection import injected_modules
 from lightning_ft.methods.adalora import AdaLoRALayer, RankAllocator, Schedule, orthogonality, prune
 
@@ -376,6 +377,25 @@ def test_a_checkpoint_of_any_time_gives_the_model_of_that_time_back(tmp_path: Pa
         lightning_ft.save_adapter(module, tmp_path / str(epoch))
     saved = load_file(tmp_path / "3" / "adapter_model.safetensors")
     assert sum(len(value) for key, value in saved.items() if key.endswith("lora_E")) == sum(pruned)
+
+
+def test_the_best_checkpoint_is_one_whose_ranks_are_final(tmp_path: Path) -> None:
+    class Worse(Callback):
+        def on_validation_epoch_end(self, run: Any, module: Any) -> None:
+            module.log("score", -float(run.current_epoch))
+
+    module, method = make(BertInInit), small(tinit=3, tfinal=4)
+    best = BestCheckpoint(tmp_path, monitor="score", mode="max", save_last=True)
+    run = trainer(method, Worse(), best, max_epochs=4, enable_checkpointing=True)
+    run.fit(module, repeated(module, 3))
+    checkpoint = torch.load(best.best_model_path)
+    assert checkpoint["epoch"] == 2, "the first after step 8"
+    run.test(module, ckpt_path=best.best_model_path, verbose=False)
+    expected = outputs(module)
+    method.finish(module)
+    torch.testing.assert_close(outputs(module), expected)
+    assert sum(ranks(module)) == method.target_r * len(ranks(module))
+    assert (tmp_path / "last.ckpt").is_file()
 
 
 def test_a_fit_that_has_nothing_left_to_do_changes_nothing(tmp_path: Path) -> None:
