@@ -1,7 +1,7 @@
-"""Bing Liu's Pros and Cons sentences (as NLTK distributes them, CC BY 4.0) as data for benchmarks/quality.py.
+"""Bing Liu's Pros and Cons sentences (as NLTK distributes them, CC BY 4.0) as data for a comparison.
 
     python benchmarks/pros_cons.py FOLDER pros_cons.jsonl
-    python benchmarks/quality.py --data pros_cons.jsonl --name pros_cons
+    lightning-ft compare methods=[lora,full,head] data=file data.path=pros_cons.jsonl trainer.max_epochs=2
 
 FOLDER holds IntegratedPros.txt and IntegratedCons.txt. Writes 4,000 different sentences, half of each, by a seed.
 """
