@@ -93,9 +93,9 @@ def test_the_installed_command_runs_outside_the_checkout(installed: Path, tmp_pa
     data = write_csv(tmp_path / "reviews.csv", reviews(36, seed=0))
     arguments = tiny_run(tiny_bert_dir, data, "data.batch_size=64", "hydra.run.dir=run")
     out = run(script, *arguments, cwd=tmp_path, **outside)
-    assert "LoRA on" in out
+    assert "lora on" in out
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["method"] == "LoRA"
+    assert results["method"] == "lora"
     assert 0 <= results["after"]["test/accuracy"] <= 1
 
 

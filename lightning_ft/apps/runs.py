@@ -33,7 +33,11 @@ def refuse_used(folder: Path) -> None:
 
 
 def save_config(folder: Path, config: DictConfig, labels: list[str]) -> None:
-    """Write the composed config, interpolations kept, and the labels that the head was made for."""
+    """Write the composed config, interpolations kept, and the labels that the head was made for.
+
+    Raises:
+        RequestError: if another run, begun at the same time, has taken the folder.
+    """
     copy = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     OmegaConf.update(copy, "task.labels", labels, force_add=True)
     for key in ("data.path", "model.name"):
@@ -41,7 +45,11 @@ def save_config(folder: Path, config: DictConfig, labels: list[str]) -> None:
         group, _, name = key.partition(".")
         if isinstance(given, str) and Path(given).exists() and not OmegaConf.is_interpolation(config[group], name):
             OmegaConf.update(copy, key, str(Path(given).resolve()))  # the run can be come back to from anywhere
-    (folder / CONFIG).write_text(OmegaConf.to_yaml(copy), encoding="utf-8")
+    try:
+        with (folder / CONFIG).open("x", encoding="utf-8") as file:
+            file.write(OmegaConf.to_yaml(copy))
+    except FileExistsError:
+        refuse_used(folder)
 
 
 def find_run(name: str, root: Path = ROOT) -> Path:

@@ -217,10 +217,10 @@ def test_what_cannot_be_composed_is_said_in_a_message() -> None:
 
 
 def test_what_cannot_be_run_is_said_in_a_message(tiny_bert_dir: str, tmp_path: Path) -> None:
-    for argument in NOT_RUN:
+    for i, argument in enumerate(NOT_RUN):
         data = write_csv(tmp_path / "reviews.csv", reviews(30, seed=0))
         write_csv(tmp_path / "one_label.csv", [("good", "good")] * 20)
-        message = call(*tiny_run(tiny_bert_dir, data, *argument.split())).message
+        message = call(*tiny_run(tiny_bert_dir, data, f"hydra.run.dir={tmp_path / str(i)}", *argument.split())).message
         assert all(part in message for part in NOT_RUN[argument]), message
         assert len(message.splitlines()) <= 3
 

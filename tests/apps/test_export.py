@@ -12,6 +12,7 @@ import pytest
 import torch
 from commands import LABELS, call, predicted, probabilities, succeed
 from huggingface_hub import ModelCard
+from omegaconf import OmegaConf
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lightning_ft
@@ -74,7 +75,7 @@ def test_the_tokenizer_cuts_where_the_run_did(lora_run: Path, tmp_path: Path) ->
     run = shutil.copytree(lora_run, tmp_path / "run")
     config = runs.load_config(run)
     config.data.max_length = 9
-    runs.save_config(run, config, list(LABELS))
+    OmegaConf.save(config, run / runs.CONFIG)
     folder = exported(run)
     model = peft.PeftModel.from_pretrained(base_of(run), folder)
     torch.testing.assert_close(probabilities(model, folder), predicted(run), atol=1e-5, rtol=0)
@@ -85,7 +86,7 @@ def test_the_base_has_its_name_on_the_hub(lora_run: Path, tmp_path: Path) -> Non
     run = shutil.copytree(lora_run, tmp_path / "run")
     config = runs.load_config(run)
     config.model.hub_name = "someone/tiny-bert"
-    runs.save_config(run, config, list(LABELS))
+    OmegaConf.save(config, run / runs.CONFIG)
     folder = exported(run)
     assert config_of(folder)["base_model_name_or_path"] == "someone/tiny-bert"
     assert ModelCard.load(folder / CARD).data.base_model == "someone/tiny-bert"

@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lightning_ft
 from lightning_ft.apps import build, latency, runs
+from lightning_ft.apps.errors import RequestError
 from lightning_ft.apps.paths import conf_dir
 
 RANK = 4
@@ -461,7 +463,11 @@ def test_the_same_seed_gives_the_same_run_and_a_fault_at_its_end_loses_none(
         raise RuntimeError("out of memory")
 
     succeed(*tiny_run(tiny_bert_dir, some_csv, "hydra.run.dir=one"))
-    assert "'one' holds a run already" in call(*tiny_run(tiny_bert_dir, some_csv, "hydra.run.dir=one")).message
+    again = tiny_run(tiny_bert_dir, some_csv, "hydra.run.dir=one")
+    assert "'one' holds a run already" in call(*again).message
+    with monkeypatch.context() as beginning_together:
+        beginning_together.setattr(runs, "refuse_used", mock.Mock(side_effect=[None, RequestError("taken")]))
+        assert call(*again).message == "taken\n"
     monkeypatch.setattr(latency, "measure", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         call(*tiny_run(tiny_bert_dir, some_csv, "hydra.run.dir=two", "latency=1"))
