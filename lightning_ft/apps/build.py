@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,14 @@ def method(config: DictConfig) -> FineTuning:
     return instantiate(config.method, _convert_="all")
 
 
-def finetuner(config: DictConfig, labels: Sequence[str], label_counts: Sequence[int] | None = None) -> FineTuner:
-    """The module: the model with the task's head, the optimizer and the schedule."""
-    task = instantiate(config.task, labels=list(labels), label_counts=label_counts, _convert_="all")
+def finetuner(config: DictConfig, facts: Mapping[str, Any]) -> FineTuner:
+    """The module: the model with the task's head, the optimizer and the schedule.
+
+    Args:
+        config: of the run.
+        facts: what the task must know of the data, under the names of its arguments.
+    """
+    task = instantiate(config.task, **facts, _convert_="all")
     optimizer = instantiate(config.optimizer, _convert_="all")
     scheduler = instantiate(config.scheduler, _convert_="all")
     return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay)

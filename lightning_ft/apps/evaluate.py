@@ -19,27 +19,25 @@ def main(config: DictConfig) -> None:
 
     from lightning_ft.apps import build, report, runs
     from lightning_ft.apps.restore import restore
+    from lightning_ft.tasks.task import score_of
 
     build.register_resolvers()
     build.tidy_messages(logging.WARNING)
     folder = runs.find_run(run)
+    settings = runs.load_config(folder)
     module, data = restore(folder, overrides)
     given = overrides.path is not None
-    loader = data.scoring_dataloader(module.task.labels) if given else data.test_dataloader()
+    loader = data.scoring_dataloader(settings.task) if given else data.test_dataloader()
 
-    class PerClass(Callback):
-        rows: tuple[list[str], list[list[object]]]
-
+    class Tables(Callback):
         def on_test_epoch_end(self, *_: object) -> None:
-            self.rows = module.task.table("test")
+            self.found = module.task.tables("test")
 
-    per_class = PerClass()
-    trainer = build.quiet_trainer(runs.load_config(folder), callbacks=[per_class])
+    tables = Tables()
+    trainer = build.quiet_trainer(settings, callbacks=[tables])
     scores = trainer.test(module, loader, verbose=False)[0]
-    report.console.print(
-        f"{folder} on {data.path}: accuracy {scores['test/accuracy']:.1%}, macro F1 {scores['test/f1']:.1%},"
-        f" loss {scores['test/loss']:.3f}",
-        markup=False,
-        soft_wrap=True,
-    )
-    report.console.print(report.per_class_table(*per_class.rows))
+    shown = sorted(scores, key="test/loss".__eq__)  # the loss last
+    said = ", ".join(f"{report.score_name(key)} {score_of(key).text(scores[key])}" for key in shown)
+    report.console.print(f"{folder} on {data.path}: {said}", markup=False, soft_wrap=True)
+    for name, (columns, rows) in tables.found.items():
+        report.console.print(report.task_table(name, columns, rows))

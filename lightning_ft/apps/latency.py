@@ -16,6 +16,7 @@ from lightning_ft import merge
 from lightning_ft.data.module import TextDataModule
 from lightning_ft.injection import twin
 from lightning_ft.tasks.finetuner import FineTuner
+from lightning_ft.tasks.task import inputs_and_labels
 
 BATCHES = 8
 
@@ -44,7 +45,7 @@ def measure(module: FineTuner, data: TextDataModule, trainer: L.Trainer, rounds:
     loader = data.test_dataloader()
     stride = -(-len(loader) // BATCHES)
     batches = [
-        {key: value for key, value in move_data_to_device(dict(batch), device).items() if key != "labels"}
+        inputs_and_labels(move_data_to_device(dict(batch), device))[0]
         for i, batch in enumerate(loader)
         if i % stride == 0
     ]

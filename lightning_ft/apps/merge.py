@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from decimal import ROUND_UP, Context
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -43,7 +43,7 @@ def main(config: DictConfig) -> None:
         settings = runs.load_config(folder)
         # In fp32, whatever the run's precision: the difference of the weights is to be seen.
         trainer = build.quiet_trainer(settings, precision="32-true", limit_predict_batches=config.batches)
-        unmerged = _probabilities(trainer, module, data)
+        unmerged, rows = _values(trainer, module, data)
         try:
             lightning_ft.merge(module)
         except NotImplementedError as error:
@@ -57,18 +57,18 @@ def main(config: DictConfig) -> None:
         with quietly():
             module.model.save_pretrained(new)
         module.model = load_pretrained(type(module.model), str(new))
-        changes = (_probabilities(trainer, module, data) - unmerged).abs()
-        change = changes.max().item() if len(changes) else 0.0
+        merged, _ = _values(trainer, module, data)
+        change = (merged - unmerged).abs().max().item() if rows else 0.0
         if not change <= config.tolerance:  # nor if it isn't a number
             raise RequestError(
                 f"'{folder}' isn't merged, for a probability would change by {change:.2g}: the weights are kept in"
                 f" {str(module.model.dtype).removeprefix('torch.')}, and what is added to them is rounded to that."
                 " If it will do: tolerance=1."
             )
-    compared = f"on {len(changes):,} test rows no probability differs by more than {_up(change):.1g}"
+    compared = f"on {rows:,} test rows no probability differs by more than {_up(change):.1g}"
     report.console.print(
         f"{folder} is merged in {out}: {type(module.model).__name__}, {parameters:,} parameters;"
-        f" {compared if len(changes) else 'not compared with the run'}.",
+        f" {compared if rows else 'not compared with the run'}.",
         markup=False,
         soft_wrap=True,
     )
@@ -79,16 +79,27 @@ def _up(number: float) -> float:
     return float(Context(prec=1, rounding=ROUND_UP).create_decimal(number))
 
 
-def _probabilities(trainer: L.Trainer, module: FineTuner, data: TextDataModule) -> Tensor:
-    """Probabilities (rows, labels) for the first batches of the test data, the longest texts."""
+def _values(trainer: L.Trainer, module: FineTuner, data: TextDataModule) -> tuple[Tensor, int]:
+    """Probabilities for the first batches of the test data, the longest texts; and the number of rows."""
+    import lightning as L
     import torch
 
     from lightning_ft.data.sources import DataError
+    from lightning_ft.tasks.task import inputs_and_labels
+
+    class Values(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tuned = module
+
+        def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's
+            inputs, _ = inputs_and_labels(batch)
+            return module.task.values(module(**inputs))
 
     if not trainer.limit_predict_batches:
-        return torch.empty(0)
+        return torch.empty(0), 0
     try:
-        predictions = trainer.predict(module, data.test_dataloader()) or []
+        values: Any = trainer.predict(Values(), data.test_dataloader())
     except DataError as error:
         raise RequestError(f"{error} To merge without comparing with the run on its test data: batches=0.") from error
-    return torch.tensor([list(row["probabilities"].values()) for batch in predictions for row in batch])
+    return torch.cat([batch.flatten() for batch in values]), sum(map(len, values))

@@ -20,10 +20,10 @@ from lightning_ft.apps.records import (
     deviation,
     digits,
     mean,
-    scores,
-    short,
     title,
 )
+from lightning_ft.apps.report import score_name
+from lightning_ft.tasks.task import score_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,8 @@ def picture(records: Sequence[Record], data: str) -> Figure:
         records: of which at least one is of a finished run.
         data: the name of what they were trained on.
     """
-    groups, score = by_method(records), scores(records)[0]
+    groups = by_method(records)
+    score = next(iter(groups.values()))[0]["monitor"].replace("val/", "test/", 1)
     palette = colormaps["tab10" if len(groups) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     colors = {method: palette[i % len(palette)] for i, method in enumerate(groups)}
     figure = Figure(figsize=(13, max(5.0, 2.0 + 0.6 * len(groups))), layout="constrained")
@@ -92,10 +93,11 @@ def _scatter(axes: Axes, groups: dict[str, list[Record]], score: str, colors: di
         name.set(in_layout=False, color=[0.7 * part for part in colors[method]])
         name.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
         names.append(name)
-    axes.set(xscale="log", xlabel="share of parameters trained", ylabel=f"test {short(score)}")
+    axes.set(xscale="log", xlabel="share of parameters trained", ylabel=f"test {score_name(score)}")
     axes.margins(0.16)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if score_of(score).percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
     return names
 

@@ -1,9 +1,10 @@
 """What a comparison is made of: records, one a run; and the table and the files made of them.
 
 A record is flat, of plain values: ``method``, ``seed``, ``folder`` and ``status``. Of a failed run it has ``reason``;
-of a finished one the scores under their own names (``test/accuracy``, …, ``val/accuracy``, …), the :data:`COSTS`, and
-with these ``parameters``, ``trained``, ``merged`` (None where there was nothing to merge), ``steps``, ``lr``,
-``device``, the rows of the splits, and the quartiles of the latency's ratio.
+of a finished one the scores under their own names (``test/accuracy``, …, ``val/accuracy``, …), which of them tells the
+best (``monitor``, ``mode``), the :data:`COSTS`, and with these ``parameters``, ``trained``, ``merged`` (None where
+there was nothing to merge), ``steps``, ``lr``, ``device``, the rows of the splits, and the quartiles of the latency's
+ratio.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_ft.apps.report import score_name
 from lightning_ft.apps.runs import RESULTS
 from lightning_ft.files.card import versions
+from lightning_ft.tasks.task import score_of
 
 Record = Mapping[str, Any]
 
@@ -65,6 +68,8 @@ def finished(folder: Path) -> dict[str, Any]:
         "status": "finished",
         **results["after"],
         **results["validation"],
+        "monitor": results["monitor"],
+        "mode": results["mode"],
         "trained_share": results["trained"] / results["parameters"],
         **{key: results[key] for key in ("seconds", "peak_memory_mib", "adapter_bytes")},
         "latency_ms": latency["ms"],
@@ -109,9 +114,15 @@ def columns_and_rows(records: Sequence[Record]) -> tuple[list[str], list[list[An
 
 
 def scores(records: Iterable[Record]) -> list[str]:
-    """The names of the test scores; by the first, of the validation rows, the best are told."""
+    """The names of the test scores."""
     keys = dict.fromkeys(key for record in records for key in record)
     return [key for key in keys if key.startswith("test/") and key != "test/loss"]
+
+
+def leading(groups: Mapping[str, Sequence[Record]], score: str, mode: str | None = None) -> str:
+    """The method with the best mean of ``score``, which is the largest or, in mode ``min``, the smallest."""
+    choose = min if (mode or score_of(score).better) == "min" else max
+    return choose(groups, key=lambda method: mean(groups[method], score))
 
 
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -129,27 +140,31 @@ def best(records: Sequence[Record]) -> Record | None:
     groups = by_method(records)
     if not groups:
         return None
-    score = f"val/{short(scores(records)[0])}"
-    leading = max(groups.values(), key=lambda group: mean(group, score))
-    return max(leading, key=lambda record: float(record[score]))
+    first = next(iter(groups.values()))[0]
+    score, mode = first["monitor"], first["mode"]
+    group = groups[leading(groups, score, mode)]
+    choose = min if mode == "min" else max
+    return choose(group, key=lambda record: float(record[score]))
 
 
 def describe(record: Record) -> str:
     """One line about a run that has ended."""
     if record["status"] == "failed":
         return f"{record['folder']} failed: {record['reason']}"
-    said = [f"{short(score)} {record[score]:.1%}" for score in scores([record])]
+    said = [f"{score_name(score)} {score_of(score).text(record[score])}" for score in scores([record])]
     return f"{record['folder']}: {', '.join(said)}; trained in {record['seconds']:,.0f} s"
 
 
 def table(records: Sequence[Record], data: str) -> Table:
     """A row a method: the means over its seeds, of scores with the standard deviation. The best scores are bold."""
     groups, names = by_method(records), scores(records)
-    leading = {score: max(mean(group, score) for group in groups.values()) for score in names}
+    best_of = {score: mean(groups[leading(groups, score)], score) for score in names} if groups else {}
     result = Table(title=escape(title(records, data)), title_justify="left", box=SIMPLE_HEAD, padding=0)
     result.caption, result.caption_justify = bare_model(records), "left"
     result.add_column("", no_wrap=True)
-    headings = [f"{short(score)}\n%" for score in names] + [f"{cost.short}\n{cost.unit}" for cost in COSTS]
+    headings = [f"{score_name(score)}\n{'%' if score_of(score).percent else ''}" for score in names] + [
+        f"{cost.short}\n{cost.unit}" for cost in COSTS
+    ]
     for heading in (*headings, "merged"):
         result.add_column(heading, justify="right")
     for method in dict.fromkeys(record["method"] for record in records):
@@ -159,9 +174,11 @@ def table(records: Sequence[Record], data: str) -> Table:
             continue
         cells = []
         for score in names:
-            value, error = 100 * mean(group, score), 100 * deviation(group, score)
-            cell = f"{value:.1f} ± {error:.1f}" if len(group) > 1 else f"{value:.1f}"
-            cells.append(f"[bold]{cell}[/bold]" if mean(group, score) == leading[score] else cell)
+            scale, form = (100, ".1f") if score_of(score).percent else (1, ".3f")
+            cell = format(scale * mean(group, score), form)
+            if len(group) > 1:
+                cell += f" ± {format(scale * deviation(group, score), form)}"
+            cells.append(f"[bold]{cell}[/bold]" if mean(group, score) == best_of[score] else cell)
         cells += [digits(cost.scale * mean(group, cost.key)) for cost in COSTS]
         name = method if len(group) == asked else f"{method}\n({len(group)} of {asked} seeds)"
         result.add_row(escape(name), *cells, _MERGED[group[0]["merged"]])
@@ -183,11 +200,6 @@ def bare_model(records: Sequence[Record]) -> str | None:
     if not timed:
         return None
     return f"bare: {digits(statistics.median(r['latency_ms'] / r['latency_ratio'] for r in timed))} ms a text"
-
-
-def short(score: str) -> str:
-    """The name of a score without its stage."""
-    return score.removeprefix("test/")
 
 
 def mean(group: Sequence[Record], key: str) -> float:

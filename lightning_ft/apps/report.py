@@ -13,6 +13,8 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from rich.table import Column, Table
 from rich.text import Text
 
+from lightning_ft.tasks.task import score_of
+
 console = Console(highlight=False)
 
 _CODES, _BAR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), re.compile(r"\|[^|]*\|")
@@ -25,9 +27,12 @@ def scores_table(results: Mapping[str, Any]) -> Table:
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right", style="bold")
-    for name, label in (("accuracy", "test accuracy"), ("f1", "test macro F1")):
-        before = results["before"].get(f"test/{name}")
-        table.add_row(label, _percent(before), _percent(results["after"][f"test/{name}"]))
+    for key, value in results["after"].items():
+        if key == "test/loss":  # the scores say more
+            continue
+        before = results["before"].get(key)
+        read = score_of(key).text
+        table.add_row(f"test {score_name(key)}", "" if before is None else read(before), read(value))
     table.add_section()
     share = results["trained"] / results["parameters"]
     table.add_row("parameters trained", "", f"{results['trained']:,} of {results['parameters']:,} ({share:.2%})")
@@ -103,29 +108,40 @@ class Watch:
         self._progress.console.print(line, markup=False, soft_wrap=True)
 
 
+def score_name(key: str) -> str:
+    """What people call the score with this key; of one task of several, with the task's name."""
+    _, *task, _ = key.split("/")
+    return " ".join([*task, score_of(key).name])
+
+
 def predictions_table(texts: Sequence[str], predictions: Sequence[Mapping[str, Any]]) -> Table:
-    """A text, its label and the label's probability in each row."""
+    """In each row a text and what was made of it, but for mappings, which are for files."""
     table = Table(title="Predictions", title_justify="left")
     table.add_column("text", overflow="fold")
-    table.add_column("label", style="bold")
-    table.add_column("probability", justify="right")
+    columns = [key for key, value in predictions[0].items() if not isinstance(value, Mapping)]
+    for i, column in enumerate(columns):
+        number = isinstance(predictions[0][column], float)
+        table.add_column(column, style="" if i else "bold", justify="right" if number else "left", overflow="fold")
     for text, prediction in zip(texts, predictions, strict=True):
-        table.add_row(Text(text), Text(prediction["label"]), f"{prediction['probability']:.2f}")
+        table.add_row(Text(text), *(_cell(prediction[column]) for column in columns))
     return table
 
 
-def per_class_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """Precision, recall and F1 of each label."""
-    table = Table(title="Per class", title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "label" else "right")
+def task_table(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """A table of a task's."""
+    table = Table(title=name.replace("_", " ").capitalize(), title_justify="left")
+    for i, column in enumerate(columns):
+        text = bool(rows) and isinstance(rows[0][i], str)
+        table.add_column(column, justify="left" if text else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else Text(str(value)) for value in row))
+        table.add_row(*(_cell(value, ".3f") for value in row))
     return table
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
+def _cell(value: Any, form: str = ".2f") -> Text:
+    if isinstance(value, float):
+        return Text(format(value, form))
+    return Text(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
 
 
 def _size(count: int) -> str:

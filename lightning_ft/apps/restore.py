@@ -21,7 +21,6 @@ def restore(folder: Path, data_overrides: DictConfig) -> tuple[FineTuner, TextDa
     """
     config = runs.load_config(folder)
     config.data.update({key: value for key, value in data_overrides.items() if value is not None})
-    labels = config.task.labels
-    module = build.finetuner(config, labels, [1] * len(labels))  # the loss's weights play no part any more
+    module = build.finetuner(config, {})  # the config of a run has the facts of its data
     load_adapter(module, folder / runs.ADAPTER, config.method.get("backbone"))
     return module, build.datamodule(config)

@@ -1,6 +1,6 @@
 """The run folder: what `train` leaves behind, and the other commands come back to.
 
-config.yaml     the composed config, with the labels read from the data
+config.yaml     the composed config, with what the task knows of the data
 train.log       what was said
 metrics/        metrics.csv, test_per_class.csv, test_confusion_matrix.png
 checkpoints/    best.ckpt and last.ckpt, of what was trained
@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_ft.apps.errors import RequestError
 from lightning_ft.files.card import Facts, Score
+from lightning_ft.tasks.task import score_of
 
 CONFIG, ADAPTER, RESULTS = "config.yaml", "adapter", "results.json"
 ROOT = Path("runs")
@@ -32,14 +33,15 @@ def refuse_used(folder: Path) -> None:
         raise RequestError(f"'{os.path.relpath(folder)}' holds a run already: name another hydra.run.dir.")
 
 
-def save_config(folder: Path, config: DictConfig, labels: list[str]) -> None:
-    """Write the composed config, interpolations kept, and the labels that the head was made for.
+def save_config(folder: Path, config: DictConfig, facts: Mapping[str, Any]) -> None:
+    """Write the composed config, interpolations kept, and the facts of the data that the task was made with.
 
     Raises:
         RequestError: if another run, begun at the same time, has taken the folder.
     """
     copy = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
-    OmegaConf.update(copy, "task.labels", labels, force_add=True)
+    for key, value in facts.items():
+        OmegaConf.update(copy, f"task.{key}", value, force_add=True)
     for key in ("data.path", "model.name"):
         given = OmegaConf.select(config, key)
         group, _, name = key.partition(".")
@@ -120,7 +122,7 @@ def card_facts(config: DictConfig, results: Mapping[str, Any]) -> Facts:
     """
     facts: dict[str, Any] = {
         "base": base_name(config),
-        "labels": list(config.task.labels),
+        "labels": _plain(config.task.get("labels")),
         "scores": _scores(results.get("before", {}), results.get("after", {})),
         "settings": {key: value for key, value in _plain(config.method).items() if key != "_target_"},
         "training": _training(config, results),
@@ -136,13 +138,10 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-_NAMES = {"f1": "macro F1"}
-
-
 def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> list[Score]:
     kinds = {key: key.removeprefix("test/") for key in after if key != "test/loss"}
     return [
-        {"type": kind, "name": _NAMES.get(kind, kind), "before": before.get(key), "after": after[key]}
+        {"type": kind, "name": score_of(key).name, "before": before.get(key), "after": after[key]}
         for key, kind in kinds.items()
     ]
 

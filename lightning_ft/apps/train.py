@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
 def main(config: DictConfig) -> float:
-    """Train, test, save; print the table. Returns the validation score, for sweepers."""
+    """Train, test, save; print the table. Returns the score ``monitor`` of validation, for sweepers."""
     from lightning_ft.apps import build
 
     build.register_resolvers()
@@ -52,9 +52,9 @@ def train(config: DictConfig) -> float:
     L.seed_everything(config.seed, verbose=False)
     log.info("Base: %s", config.model.name)  # before the data, whose tokenizer is the model's
     data, method = build.datamodule(config), build.method(config)
-    module = build.finetuner(config, data.labels, data.label_counts)
+    module = build.finetuner(config, data.facts)
     trainer, efficiency = _trainer(config, method)
-    runs.save_config(folder, config, data.labels)
+    runs.save_config(folder, config, data.facts)
     # Plain values: W&B would take a DictConfig's groups for texts.
     settings: Any = OmegaConf.to_container(runs.load_config(folder), resolve=True)
     for logger in trainer.loggers:
@@ -76,6 +76,8 @@ def train(config: DictConfig) -> float:
         "before": before,
         "after": after,
         "validation": validation,
+        "monitor": config.monitor,
+        "mode": config.mode,
         **_costs(module, trainer, efficiency),
         "lr": config.optimizer.lr,
         "rows": {split: len(rows) for split, rows in data.splits.items()},
@@ -100,7 +102,7 @@ def train(config: DictConfig) -> float:
         report.console.print(report.predictions_table(samples, predictions))
     for logger in trainer.loggers:
         logger.finalize("success")
-    return float(validation["val/f1"])
+    return float(validation[config.monitor])
 
 
 def _trainer(config: DictConfig, method: FineTuning) -> tuple[L.Trainer, Efficiency]:

@@ -1,21 +1,21 @@
-"""TextDataModule: labelled texts, tokenised and batched."""
+"""TextDataModule: texts and what is to be learned of them, tokenised and batched."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoTokenizer
 
 from lightning_ft.data.batching import LengthBucketedSampler
-from lightning_ft.data.sources import DataError, check, complete, label_names, quiet_bars, read, row_labels
+from lightning_ft.data.sources import complete, read
+from lightning_ft.data.targets import Classes, Columns, Target, check
 from lightning_ft.tasks.pretrained import load_pretrained
 
 if TYPE_CHECKING:
@@ -25,13 +25,14 @@ log = logging.getLogger(__name__)
 
 
 class TextDataModule(L.LightningDataModule):
-    """Texts with a label each, from files or the hub.
+    """Texts with what is to be learned of each, from files or the hub.
 
     Args:
         path: where the data is: see :func:`lightning_ft.data.sources.read`.
         tokenizer: a folder or a name on the hub; usually the model's.
         text: the column of the text.
-        label: the column of the label; strings or whole numbers.
+        label: the column of what is to be learned of it.
+        target: what that is; by default one of several labels.
         validation: share of the rows for validation, where the data has no such split.
         test: share of the rows for the test, where the data has no such split.
         seed: of the split and the shuffling.
@@ -53,7 +54,8 @@ class TextDataModule(L.LightningDataModule):
         path: str | Path | Mapping[str, str | Path],
         tokenizer: str,
         text: str = "text",
-        label: str = "label",
+        label: Any = "label",
+        target: Target | None = None,
         validation: float = 0.1,
         test: float = 0.2,
         seed: int = 0,
@@ -65,13 +67,14 @@ class TextDataModule(L.LightningDataModule):
         super().__init__()
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
-        self.path, self.text, self.label, self.encoding = path, text, label, encoding
+        self.path, self.columns, self.encoding = path, Columns(text, label), encoding
+        self.target = target or Classes()
         self.validation, self.test, self.seed = validation, test, seed
         self.max_length, self.batch_size, self.num_workers = max_length, batch_size, num_workers
         self.reserved = 0
         self._tokenizer_name = tokenizer
         self._splits: dict[str, Dataset] = {}
-        self._labels: list[str] = []
+        self._facts: dict[str, Any] = {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -87,17 +90,15 @@ class TextDataModule(L.LightningDataModule):
         return self.max_length or min(self.tokenizer.model_max_length, 512) - self.reserved
 
     @property
-    def labels(self) -> list[str]:
-        """The names of the labels in the order of their ids; read from the data."""
+    def facts(self) -> dict[str, Any]:
+        """What the task must know of the training rows, under the names of its arguments; read from the data."""
         self.setup("fit")
-        return self._labels
+        return self._facts
 
     @property
-    def label_counts(self) -> list[int]:
-        """How often each label occurs in training, in the order of the ids."""
-        self.setup("fit")
-        counts = Counter(self._splits["train"]["labels"])
-        return [counts[i] for i in range(len(self._labels))]
+    def labels(self) -> list[str]:
+        """The names of the labels in the order of their ids, where the target has labels."""
+        return self.facts["labels"]
 
     @property
     def splits(self) -> dict[str, Dataset]:
@@ -111,16 +112,14 @@ class TextDataModule(L.LightningDataModule):
             return
         source = str(self.path)
         raw = read(self.path, self.encoding)
-        check(raw, self.text, self.label, source)
-        raw = complete(raw, self.label, self.validation, self.test, self.seed, source)
-        self._labels = label_names(raw["train"], self.label)
-        if len(self._labels) < 2:
-            raise DataError(
-                f"{source}: column '{self.label}' has only one label, '{self._labels[0]}': nothing to learn."
-            )
-        self._splits = {split: self._encode(rows) for split, rows in raw.items()}
+        check(raw, self.target, self.columns, source)
+        raw = complete(
+            raw, partial(self.target.strata, columns=self.columns), self.validation, self.test, self.seed, source
+        )
+        self._facts = self.target.facts(raw["train"], self.columns, source)  # of what is left of it
+        self._splits = {split: self._encode(rows, self._facts) for split, rows in raw.items()}
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in self._splits.items())
-        log.info("%s: %s rows; labels %s", source, sizes, ", ".join(self._labels[:20]))
+        log.info("%s: %s rows; %s", source, sizes, self.target.describe(self._facts))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of like length, in an order that changes by the epoch."""
@@ -134,39 +133,25 @@ class TextDataModule(L.LightningDataModule):
         """The test split, longest first."""
         return self._loader(self.splits["test"], 2 * self.batch_size, None)
 
-    def scoring_dataloader(self, labels: Sequence[str]) -> DataLoader[Any]:
+    def scoring_dataloader(self, facts: Mapping[str, Any]) -> DataLoader[Any]:
         """Other data to score a trained model on: its test split, or all of it where it has but one split.
 
         Args:
-            labels: the model's, in the order of their ids.
+            facts: those of the training.
         """
         raw = read(self.path, self.encoding)
         rows = raw.get("test") or raw[next(iter(raw))]
-        check({"test": rows}, self.text, self.label, str(self.path), known=labels)
-        self._labels = list(labels)
-        return self._loader(self._encode(rows), 2 * self.batch_size, None)
+        check({"test": rows}, self.target, self.columns, str(self.path), facts)
+        return self._loader(self._encode(rows, facts), 2 * self.batch_size, None)
 
     def texts_dataloader(self, texts: Sequence[str]) -> DataLoader[Any]:
         """Batches of new texts, in their order, for ``Trainer.predict``."""
-        rows = [self._tokenize(list(texts[i : i + 1])) for i in range(len(texts))]
-        single = [{key: values[0] for key, values in row.items() if key != "length"} for row in rows]
-        return DataLoader(single, batch_size=self.batch_size, collate_fn=DataCollatorWithPadding(self.tokenizer))  # type: ignore[arg-type]
+        encoded = [self.target.inputs(texts[i : i + 1], self.tokenizer, self.token_limit) for i in range(len(texts))]
+        rows: Any = [{key: values[0] for key, values in row.items()} for row in encoded]
+        return DataLoader(rows, batch_size=self.batch_size, collate_fn=self.target.collator(self.tokenizer))
 
-    def _encode(self, rows: Dataset) -> Dataset:
-        ids = {name: i for i, name in enumerate(self._labels)}
-        names = row_labels(rows, self.label)
-
-        def encode(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, Any]:
-            return {**self._tokenize(batch[self.text]), "labels": [ids[names[row]] for row in rows]}
-
-        with quiet_bars(len(rows)):
-            return rows.map(
-                encode, batched=True, with_indices=True, remove_columns=rows.column_names, desc="tokenising"
-            )
-
-    def _tokenize(self, texts: list[str]) -> dict[str, Any]:
-        encoded = dict(self.tokenizer(texts, truncation=True, max_length=self.token_limit))
-        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
+    def _encode(self, rows: Dataset, facts: Mapping[str, Any]) -> Dataset:
+        return self.target.encode(rows, self.columns, facts, self.tokenizer, self.token_limit)
 
     def _loader(self, rows: Dataset, batch_size: int, seed: int | None) -> DataLoader[Any]:
         return DataLoader(
@@ -175,5 +160,5 @@ class TextDataModule(L.LightningDataModule):
             sampler=LengthBucketedSampler(rows["length"][:], batch_size, seed),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=DataCollatorWithPadding(self.tokenizer),
+            collate_fn=self.target.collator(self.tokenizer),
         )

@@ -6,12 +6,12 @@ import codecs
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from lightning_ft.errors import UserError
@@ -56,52 +56,26 @@ def read(path: str | Path | Mapping[str, str | Path], encoding: str = "utf-8") -
     return _read_hub(str(path))
 
 
-def check(
-    splits: Mapping[str, Dataset], text: str, label: str, source: str, known: Sequence[str] | None = None
-) -> None:
-    """Raise DataError unless each row has a text and a label, and training saw each label.
+def complete(
+    splits: dict[str, Dataset],
+    strata: Callable[[Dataset], list[str] | None],
+    validation: float,
+    test: float,
+    seed: int,
+    source: str,
+) -> dict[str, Dataset]:
+    """Carve the splits that aren't given out of ``train``, by the seed.
 
     Args:
-        splits: rows by split.
-        text: the column of the text.
-        label: the column of the label.
+        splits: those that are given, ``train`` among them.
+        strata: gives a word for each row, its label; each word's rows are shared out alike.
+        validation: share of the rows for validation.
+        test: share of the rows for the test.
+        seed: of the shuffling.
         source: where the rows are from, for the message.
-        known: the labels that there may be; by default those of the train split.
-    """
-    for split, rows in splits.items():
-        where = f"{source}, {split}"
-        for option, column in (("text", text), ("label", label)):
-            if column not in rows.column_names:
-                raise DataError(
-                    f"{where}: there is no column '{column}'; the columns are {', '.join(rows.column_names)}."
-                    f" Name the right one: data.{option}=...{_did_you_mean(column, rows.column_names)}"
-                )
-        _check_rows(where, "text", text, rows[text], lambda value: isinstance(value, str) and bool(value.strip()))
-        # -1 is the hub's "no label"
-        good = _is_class if isinstance(rows.features[label], ClassLabel) else _is_label
-        _check_rows(where, "label", label, rows[label], good)
-    if known is None:
-        if "train" not in splits:
-            raise DataError(f"{source}: there is no train split, only {', '.join(splits)}.")
-        known = label_names(splits["train"], label)
-    for split, rows in splits.items():
-        labels = row_labels(rows, label)
-        unseen = [i for i, value in enumerate(labels) if value not in known]
-        if unseen:
-            raise DataError(
-                f"{source}, {split}: the label '{labels[unseen[0]]}' (row {unseen[0] + 1}, {len(unseen)} such rows)"
-                f" doesn't occur in training, whose labels are {', '.join(known[:20])}. Correct it, or add examples"
-                " of it to train."
-            )
-
-
-def complete(
-    splits: dict[str, Dataset], label: str, validation: float, test: float, seed: int, source: str
-) -> dict[str, Dataset]:
-    """Carve the splits that aren't given out of ``train``, each label by the same share, by the seed.
 
     Raises:
-        DataError: if the shares make no sense, or a label has too few rows for them.
+        DataError: if the shares make no sense, or there are too few rows, of a label too, for them.
     """
     if not (0 < validation < 1 and 0 < test < 1 and validation + test < 1):
         raise DataError(f"validation={validation} and test={test} must be shares above 0 that add up to less than 1.")
@@ -109,27 +83,9 @@ def complete(
     done = dict(splits)
     for name, share in (("test", test), ("validation", validation)):
         if name not in splits:
-            train, done[name] = _split(train, label, share / left, seed, source)
+            train, done[name] = _split(train, strata(train), share / left, seed, source)
             left -= share
     return {"train": train, "validation": done["validation"], "test": done["test"]}
-
-
-def row_labels(rows: Dataset, label: str) -> list[str]:
-    """The label of each row, by name."""
-    feature = rows.features[label]
-    values: list[Any] = list(rows[label])
-    return [feature.int2str(value) for value in values] if isinstance(feature, ClassLabel) else [str(v) for v in values]
-
-
-def label_names(rows: Dataset, label: str) -> list[str]:
-    """The labels that occur, in the order of their ids: the data's own order, or numeric, or alphabetical."""
-    feature = rows.features[label]
-    occurring = set(row_labels(rows, label))
-    if isinstance(feature, ClassLabel):
-        return [name for name in feature.names if name in occurring]
-    values = set(rows[label])
-    numeric = all(isinstance(value, (int, float)) for value in values)
-    return [str(value) for value in (sorted(values) if numeric else sorted(map(str, values)))]
 
 
 @contextmanager
@@ -143,14 +99,6 @@ def quiet_bars(rows: int) -> Iterator[None]:
     finally:
         if shown:
             enable_progress_bar()
-
-
-def _is_label(value: Any) -> bool:
-    return isinstance(value, (str, int, float)) and str(value).strip() != ""
-
-
-def _is_class(value: Any) -> bool:
-    return value is not None and value >= 0
 
 
 def _split_name(name: str) -> str:
@@ -259,7 +207,17 @@ def _read_hub(name: str) -> dict[str, Dataset]:
     return {_ALIASES.get(split, split): rows for split, rows in loaded.items() if _ALIASES.get(split, split) in SPLITS}
 
 
-def _check_rows(where: str, kind: str, column: str, values: Sequence[Any], good: Any) -> None:
+def check_column(rows: Dataset, kind: str, column: str, where: str) -> None:
+    """Raise DataError unless the rows have the column, which the option ``data.KIND`` names."""
+    if column not in rows.column_names:
+        raise DataError(
+            f"{where}: there is no column '{column}'; the columns are {', '.join(rows.column_names)}."
+            f" Name the right one: data.{kind}=...{_did_you_mean(column, rows.column_names)}"
+        )
+
+
+def check_rows(where: str, kind: str, column: str, values: Iterable[Any], good: Callable[[Any], bool]) -> None:
+    """Raise DataError if a value of the column isn't ``good``: isn't a ``kind``, as people call it."""
     bad = [(i + 1, value) for i, value in enumerate(values) if not good(value)]
     if bad:
         row, value = bad[0]
@@ -271,12 +229,16 @@ def _check_rows(where: str, kind: str, column: str, values: Sequence[Any], good:
         )
 
 
-def _split(rows: Dataset, label: str, share: float, seed: int, source: str) -> tuple[Dataset, Dataset]:
-    labels = row_labels(rows, label)
+def _split(rows: Dataset, labels: list[str] | None, share: float, seed: int, source: str) -> tuple[Dataset, Dataset]:
+    labels = labels or [""] * len(rows)
     rare, count = min(Counter(labels).items(), key=lambda item: item[1])
+    of_which = (
+        f"label '{rare}' has {count} of {len(rows)}. Each label needs a row in each split"
+        if rare
+        else (f"there are {len(rows)}")
+    )
     too_few = DataError(
-        f"{source}: too few rows to split by ratio: label '{rare}' has {count} of {len(rows)}. Each label needs a"
-        " row in each split. Add rows, or give the splits in files of their own."
+        f"{source}: too few rows to split by ratio: {of_which}. Add rows, or give the splits in files of their own."
     )
     from sklearn.model_selection import train_test_split
 

@@ -18,13 +18,14 @@ from torchmetrics.classification import (
 )
 
 from lightning_ft.tasks.pretrained import load_pretrained
+from lightning_ft.tasks.task import Batch, Table, Task, inputs_and_labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
 
-class Classification(nn.Module):
+class Classification(Task):
     """A sequence-classification head, cross-entropy, and the metrics of it.
 
     Args:
@@ -91,8 +92,8 @@ class Classification(nn.Module):
         """Begin counting anew."""
         self._of(stage).reset()
 
-    def table(self, stage: str) -> tuple[list[str], list[list[Any]]]:
-        """Columns and rows of the per-class table: precision, recall, F1, and the number of examples."""
+    def tables(self, stage: str) -> dict[str, Table]:
+        """Of each class precision, recall, F1, and the number of examples."""
         values = self._of(stage).compute()
         columns = ["precision", "recall", "f1_per_class"]
         support = values["confusion"].sum(dim=1)
@@ -100,9 +101,9 @@ class Classification(nn.Module):
             [label, *(round(float(values[c][i]), 4) for c in columns), int(support[i])]
             for i, label in enumerate(self.labels)
         ]
-        return ["label", "precision", "recall", "f1", "examples"], rows
+        return {"per_class": (["label", "precision", "recall", "f1", "examples"], rows)}
 
-    def picture(self, stage: str) -> Figure:
+    def pictures(self, stage: str) -> dict[str, Figure]:
         """The confusion matrix: a row a true label, a column a predicted one, shaded by the share of the row."""
         from matplotlib.figure import Figure
 
@@ -121,11 +122,12 @@ class Classification(nn.Module):
                 color = "white" if shares[i, j] > 0.5 else "black"
                 axes.text(j, i, f"{int(counts[i, j])}", ha="center", va="center", color=color)
         figure.colorbar(image, ax=axes, label="share of the true label", shrink=0.8)
-        return figure
+        return {"confusion_matrix": figure}
 
-    def predict(self, logits: Tensor) -> list[dict[str, Any]]:
-        """For each row of logits (batch, classes): the label, its probability, and all probabilities."""
-        probabilities = logits.float().softmax(dim=-1).cpu()
+    def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        """For each row the label, its probability, and all probabilities."""
+        inputs, _ = inputs_and_labels(batch)
+        probabilities = self.values(self.outputs(model, inputs)).cpu()
         return [
             {
                 "label": self.labels[int(row.argmax())],

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_ft.optim import RateError, parameter_groups, scale_rates
 from lightning_ft.reporting import log_figure, log_table
-from lightning_ft.tasks.classification import Classification
+from lightning_ft.tasks.task import Task, inputs_and_labels
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -37,7 +37,7 @@ class FineTuner(L.LightningModule):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        task: Classification,
+        task: Task,
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         layer_decay: float = 1.0,
@@ -51,38 +51,39 @@ class FineTuner(L.LightningModule):
         self._make_optimizer = optimizer or (lambda groups: torch.optim.AdamW(groups, lr=1e-3))
         self._make_scheduler = scheduler
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """The model's logits: (batch, classes) from ``input_ids`` and ``attention_mask`` (batch, tokens)."""
-        logits: Tensor = self.model(**inputs).logits
-        return logits
+    def forward(self, **inputs: Any) -> Any:
+        """The task's outputs: of a classifier the logits (batch, classes), from ``input_ids`` (batch, tokens), …."""
+        return self.task.outputs(self.model, inputs)
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The task's loss."""
-        logits, labels = self._logits(batch)
-        loss = self.task.loss(logits, labels)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
+        inputs, labels = inputs_and_labels(batch)
+        loss = self.task.loss(self(**inputs), labels)
+        self.log("train/loss", loss, prog_bar=True, batch_size=self.task.count(labels))
         return loss
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Count the batch."""
         self._evaluate("val", batch)
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Count the batch."""
         self._evaluate("test", batch)
 
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """The task's predictions, one a row."""
-        return self.task.predict(self(**{key: value for key, value in batch.items() if key != "labels"}))
+        return self.task.predict(self.model, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics, the per-class table and the confusion matrix."""
-        log_table(self.loggers, "test/per_class", *self.task.table("test"))
-        log_figure(self.loggers, "test/confusion_matrix", self.task.picture("test"), self.trainer.global_step)
+        """Log the metrics, the task's tables and its pictures."""
+        for name, (columns, rows) in self.task.tables("test").items():
+            log_table(self.loggers, f"test/{name}", columns, rows)
+        for name, figure in self.task.pictures("test").items():
+            log_figure(self.loggers, f"test/{name}", figure, self.trainer.global_step)
         self._log_scores("test")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig | Optimizer:
@@ -97,15 +98,11 @@ class FineTuner(L.LightningModule):
         scheduler = self._make_scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _logits(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        inputs = dict(batch)
-        labels = inputs.pop("labels")
-        return self(**inputs), labels
-
-    def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
-        logits, labels = self._logits(batch)
-        self.task.update(stage, logits, labels)
-        self.log(f"{stage}/loss", self.task.loss(logits, labels), batch_size=len(labels))
+    def _evaluate(self, stage: str, batch: Mapping[str, Any]) -> None:
+        inputs, labels = inputs_and_labels(batch)
+        outputs = self(**inputs)
+        self.task.update(stage, outputs, labels)
+        self.log(f"{stage}/loss", self.task.loss(outputs, labels), batch_size=self.task.count(labels))
 
     def _log_scores(self, stage: str) -> None:
         scores = {f"{stage}/{name}": value for name, value in self.task.scores(stage).items()}

@@ -149,7 +149,7 @@ def test_it_shows_which_method_is_on_and_the_comparison_at_the_end(compared: Com
 def test_one_can_come_back_to_its_runs_and_the_last_is_the_best(compared: Compared) -> None:
     here = compared.home
     succeed("predict", "run=runs/compare/head", "text=good", cwd=here)
-    best = max(("lora", "head"), key=lambda m: compared.records[m]["val/accuracy"])
+    best = max(("lora", "head"), key=lambda m: compared.records[m]["val/f1"])
     assert f"{best}: run=runs/compare/{best}, or run=last" in compared.answer.out
     said = succeed("evaluate", "run=last", cwd=here)
     assert said.startswith(f"runs/compare/{best} on ")
@@ -213,7 +213,7 @@ def finished(method: str, seed: int, score: float, share: float = 0.01, merged: 
     costs = {cost.key: 2.0 for cost in records.COSTS} | {"latency_ms": 2.0}
     name = {"method": method, "seed": seed, "folder": method, "status": "finished", "steps": 8, "merged": merged}
     scores = {f"{split}/{kind}": score for split in ("test", "val") for kind in ("accuracy", "f1")}
-    return {**name, "test/loss": 1.0, **scores, **costs, "trained_share": share}
+    return {**name, "monitor": "val/f1", "mode": "max", "test/loss": 1.0, **scores, **costs, "trained_share": share}
 
 
 @pytest.fixture
@@ -375,6 +375,9 @@ def test_the_best_is_of_the_method_with_the_best_mean_on_the_validation_rows() -
     assert best is not None
     assert (best["method"], best["seed"]) == ("b", 1)
     assert records.best(found[-1:]) is None
+    lowest = records.best([{**record, "mode": "min"} for record in found])
+    assert lowest is not None
+    assert (lowest["method"], lowest["seed"]) == ("a", 1)
 
 
 def test_the_table_says_what_failed() -> None:

@@ -163,11 +163,18 @@ def test_the_adapter_is_the_best_checkpoints(trained: Trained) -> None:
     assert sorted(t.sum().item() for t in saved.values()) == sorted(t.sum().item() for t in state.values())
 
 
-def test_the_config_is_what_was_composed_with_the_labels_and_nothing_of_this_run(trained: Trained) -> None:
+def trained_facts(trained: Trained) -> dict[str, Any]:
+    """What the labels of the training rows say, counted by hand."""
+    with (trained.home / "data" / "train.csv").open(encoding="utf-8", newline="") as file:
+        labels = [row["label"] for row in csv.DictReader(file)]
+    return {"labels": list(LABELS), "label_counts": [labels.count(label) for label in LABELS]}
+
+
+def test_the_config_is_what_was_composed_with_the_facts_and_nothing_of_this_run(trained: Trained) -> None:
     text = (trained.folder / "config.yaml").read_text(encoding="utf-8")
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composed: Any = OmegaConf.to_container(compose("train", trained.arguments[1:]))
-    composed["task"]["labels"] = list(LABELS)
+    composed["task"] |= trained_facts(trained)
     composed["data"]["path"] = str(trained.home / "data")  # so that one can come back from anywhere
     assert yaml.safe_load(text) == composed
     assert OmegaConf.to_container(runs.load_config(trained.folder)) == composed
@@ -176,7 +183,7 @@ def test_the_config_is_what_was_composed_with_the_labels_and_nothing_of_this_run
 
 def test_the_configs_groups_build_what_was_trained_without_hydra(at_home: Trained) -> None:
     config = runs.load_config(at_home.folder)
-    module = build.finetuner(config, config.task.labels)
+    module = build.finetuner(config, {})
     method = build.method(config)
     method.inject(module)
     assert method.record()["arguments"]["r"] == RANK

@@ -9,7 +9,8 @@ from itertools import combinations
 import pytest
 from datasets import Dataset
 
-from lightning_ft.data.sources import check, read
+from lightning_ft.data.sources import read
+from lightning_ft.data.targets import Classes, Columns, check
 
 NAMES = ["reviews_en", "reviews_zh"]
 
@@ -33,7 +34,7 @@ def runs(text: str, chinese: bool) -> set[tuple[str, ...]]:
 def test_every_row_has_text_label_and_product(bundled: dict[str, dict[str, Dataset]], name: str) -> None:
     splits = bundled[name]
     assert list(splits) == ["train", "validation", "test"]
-    check(splits, "text", "label", name)
+    check(splits, Classes(), Columns("text", "label"), name)
     for rows in splits.values():
         assert rows.column_names == ["text", "label", "product"]
         assert all(isinstance(row[key], str) and row[key].strip() for row in rows for key in row)

@@ -161,7 +161,7 @@ def test_labels_are_in_order_and_counted(
     data = TextDataModule(write(tmp_path / "data.csv", rows), tiny_bert_dir, validation=0.2, test=0.2)
     assert data.labels == order
     ids = Counter(data.splits["train"]["labels"])
-    assert data.label_counts == [ids[i] for i in range(3)]
+    assert data.facts["label_counts"] == [ids[i] for i in range(3)]
     all_ids = Counter(label for split in data.splits.values() for label in split["labels"])
     assert all_ids == Counter(order.index(str(row["label"])) for row in rows)
 
@@ -265,7 +265,7 @@ def test_other_data_are_scored_by_the_models_ids(
     splits_dir: Path, tiny_bert_dir: str, tokenizer: PreTrainedTokenizerBase, whole: bool
 ) -> None:
     path = splits_dir / "train.jsonl" if whole else splits_dir
-    loader = TextDataModule(path, tiny_bert_dir).scoring_dataloader(["pos", "neutral", "neg"])
+    loader = TextDataModule(path, tiny_bert_dir).scoring_dataloader({"labels": ["pos", "neutral", "neg"]})
     rows = make_rows(30) if whole else make_rows(13, start=200)
     expected = Counter({(ids, 2 - 2 * label): n for (ids, label), n in expected_rows(tokenizer, rows).items()})
     assert Counter(rows_in(loader)) == expected
@@ -273,7 +273,7 @@ def test_other_data_are_scored_by_the_models_ids(
 
 def test_other_data_with_unknown_labels_are_refused(splits_dir: Path, tiny_bert_dir: str) -> None:
     with pytest.raises(DataError, match=r"'neg'.*pos, great"):
-        TextDataModule(splits_dir, tiny_bert_dir).scoring_dataloader(["pos", "great"])
+        TextDataModule(splits_dir, tiny_bert_dir).scoring_dataloader({"labels": ["pos", "great"]})
 
 
 # ---------------------------------------------------------------------- errors

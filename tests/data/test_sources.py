@@ -6,6 +6,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,11 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets.utils.logging import is_progress_bar_enabled
 
-from lightning_ft.data.sources import (
-    DataError,
-    check,
-    complete,
-    label_names,
-    quiet_bars,
-    read,
-    row_labels,
-)
+from lightning_ft.data.sources import DataError, complete, quiet_bars, read
+from lightning_ft.data.targets import Classes, Columns, check, label_names, row_labels
+
+COLUMNS = Columns("text", "label")
+LABELS = partial(Classes().strata, columns=COLUMNS)
 
 ROWS = [
     {"text": "plain words", "label": "good"},
@@ -69,7 +66,7 @@ def rows_of(labels: Sequence[Any], text: str = "words") -> Dataset:
 
 
 def read_and_check(path: Any, encoding: str = "utf-8", text: str = "text", label: str = "label") -> None:
-    check(read(path, encoding), text, label, str(path))
+    check(read(path, encoding), Classes(), Columns(text, label), str(path))
 
 
 # ---------------------------------------------------------------------- what can be read
@@ -119,7 +116,7 @@ def test_words_that_look_like_nothing_remain_text(tmp_path: Path, ending: str, c
     words = ["NA", "None", "null", "nan", "N/A", "NULL", "n/a", "NaN"]
     other = {"text": "label", "label": "text"}[column]
     file = tmp_path / f"words{ending}"
-    WRITERS[ending](file, [{column: word, other: "x"} for word in words])
+    WRITERS[ending](file, [{column: word, other: f"x{i % 2}"} for i, word in enumerate(words)])
     read_and_check(file)
     assert read(file)["train"][column] == words
 
@@ -281,18 +278,18 @@ def test_unreachable_hub_name_says_why_and_what_else(monkeypatch: pytest.MonkeyP
 def test_label_that_training_never_saw_is_named_with_its_row() -> None:
     splits = {"train": rows_of(["a", "b"]), "test": rows_of(["a", "c", "b", "c"])}
     with pytest.raises(DataError, match=r"source, test: .*'c' \(row 2, 2 such rows\).*are a, b\..*add examples"):
-        check(splits, "text", "label", "source")
+        check(splits, Classes(), COLUMNS, "source")
 
 
 def test_known_labels_stand_in_for_those_of_training() -> None:
-    check({"test": rows_of(["a", "a"])}, "text", "label", "source", known=["a", "b"])
+    check({"test": rows_of(["a", "a"])}, Classes(), COLUMNS, "source", {"labels": ["a", "b"]})
     with pytest.raises(DataError, match=r"'c'.*are a, b"):
-        check({"test": rows_of(["a", "c"])}, "text", "label", "source", known=["a", "b"])
+        check({"test": rows_of(["a", "c"])}, Classes(), COLUMNS, "source", {"labels": ["a", "b"]})
 
 
 def test_splits_without_train_are_refused() -> None:
     with pytest.raises(DataError, match="no train split, only test"):
-        check({"test": rows_of(["a", "b"])}, "text", "label", "source")
+        check({"test": rows_of(["a", "b"])}, Classes(), COLUMNS, "source")
 
 
 CLASSES = Features({"text": Value("string"), "label": ClassLabel(names=["none", "pos", "neg"])})
@@ -301,13 +298,13 @@ CLASSES = Features({"text": Value("string"), "label": ClassLabel(names=["none", 
 def test_the_hubs_minus_one_is_a_missing_label() -> None:
     rows = Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, -1, 2]}, features=CLASSES)
     with pytest.raises(DataError, match=r"row 2.*no label"):
-        check({"train": rows}, "text", "label", "source")
+        check({"train": rows}, Classes(), COLUMNS, "source")
 
 
 def test_label_that_is_no_label_is_named() -> None:
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [["x"], ["y"]]})
     with pytest.raises(DataError, match=r"row 1.*label"):
-        check({"train": rows}, "text", "label", "source")
+        check({"train": rows}, Classes(), COLUMNS, "source")
 
 
 # ---------------------------------------------------------------------- labels
@@ -348,7 +345,7 @@ def split_texts(splits: dict[str, Dataset]) -> dict[str, list[str]]:
 )
 def test_splits_are_disjoint_complete_and_stratified(counts: dict[str, int], validation: float, test: float) -> None:
     rows = rows_of([label for label, count in counts.items() for _ in range(count)])
-    splits = complete({"train": rows}, "label", validation, test, 0, "source")
+    splits = complete({"train": rows}, LABELS, validation, test, 0, "source")
     texts = split_texts(splits)
     assert list(texts) == ["train", "validation", "test"]
     assert sorted(chain(*texts.values())) == sorted(rows["text"])
@@ -360,7 +357,7 @@ def test_splits_are_disjoint_complete_and_stratified(counts: dict[str, int], val
 
 def test_shares_are_of_all_rows_and_exact_where_they_can_be() -> None:
     rows = rows_of(["a"] * 60 + ["b"] * 40)
-    splits = complete({"train": rows}, "label", 0.1, 0.2, 0, "source")
+    splits = complete({"train": rows}, LABELS, 0.1, 0.2, 0, "source")
     counts = {split: Counter(rows["label"]) for split, rows in splits.items()}
     assert counts == {"train": {"a": 42, "b": 28}, "validation": {"a": 6, "b": 4}, "test": {"a": 12, "b": 8}}
 
@@ -369,7 +366,7 @@ def test_splits_depend_on_the_seed_alone() -> None:
     rows = rows_of(["a", "b"] * 50)
 
     def splits(seed: int) -> dict[str, list[str]]:
-        return split_texts(complete({"train": rows}, "label", 0.1, 0.2, seed, "source"))
+        return split_texts(complete({"train": rows}, LABELS, 0.1, 0.2, seed, "source"))
 
     assert splits(1) == splits(1)
     assert splits(1)["test"] != splits(2)["test"]
@@ -378,7 +375,7 @@ def test_splits_depend_on_the_seed_alone() -> None:
 @pytest.mark.parametrize("given", [("validation",), ("test",), ("validation", "test")])
 def test_given_splits_are_taken_as_given(given: tuple[str, ...]) -> None:
     splits = {"train": rows_of(["a", "b"] * 50)} | {split: rows_of(["a", "b"] * 3, split) for split in given}
-    done = complete(splits, "label", 0.1, 0.2, 0, "source")
+    done = complete(splits, LABELS, 0.1, 0.2, 0, "source")
     shares = {"validation": 10, "test": 20}
     for split in ("validation", "test"):
         if split in given:
@@ -392,14 +389,14 @@ def test_given_splits_are_taken_as_given(given: tuple[str, ...]) -> None:
 def test_too_few_rows_of_a_label_to_split_are_named() -> None:
     for labels in [["a"] * 30 + ["b"], ["a", "b"]]:
         with pytest.raises(DataError, match=r"source: too few rows.*label '[ab]'.*Add rows, or give the splits"):
-            complete({"train": rows_of(labels)}, "label", 0.1, 0.2, 0, "source")
+            complete({"train": rows_of(labels)}, LABELS, 0.1, 0.2, 0, "source")
 
 
 @pytest.mark.parametrize(("rows", "rare", "validation", "test"), [(20, 3, 0.1, 0.2), (30, 3, 0.5, 0.4)])
 def test_every_split_has_every_label_or_is_refused(rows: int, rare: int, validation: float, test: float) -> None:
     labels = ["rare"] * rare + ["often"] * (rows - rare)
     try:
-        splits = complete({"train": rows_of(labels)}, "label", validation, test, 0, "source")
+        splits = complete({"train": rows_of(labels)}, LABELS, validation, test, 0, "source")
     except DataError as error:
         assert "'rare'" in str(error)  # noqa: PT017 - refusing is as good
     else:
@@ -409,4 +406,11 @@ def test_every_split_has_every_label_or_is_refused(rows: int, rare: int, validat
 def test_shares_that_make_no_sense_are_named() -> None:
     for validation, test in [(0.0, 0.2), (0.6, 0.4)]:
         with pytest.raises(DataError, match=f"validation={validation} and test={test}"):
-            complete({"train": rows_of(["a", "b"] * 50)}, "label", validation, test, 0, "source")
+            complete({"train": rows_of(["a", "b"] * 50)}, LABELS, validation, test, 0, "source")
+
+
+def test_rows_without_strata_are_shared_out_by_count() -> None:
+    done = complete({"train": rows_of(list(range(100)))}, lambda _: None, 0.1, 0.2, 0, "source")
+    assert {split: len(rows) for split, rows in done.items()} == {"train": 70, "validation": 10, "test": 20}
+    with pytest.raises(DataError, match="there are 1"):
+        complete({"train": rows_of([1])}, lambda _: None, 0.1, 0.2, 0, "source")

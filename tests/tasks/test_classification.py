@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,7 +124,7 @@ def test_scores_are_scikit_learns(seen: tuple[list[int], list[int]]) -> None:
 
 @pytest.mark.parametrize("seen", SEEN.values(), ids=SEEN)
 def test_table_is_scikit_learns(seen: tuple[list[int], list[int]]) -> None:
-    columns, rows = scored(*seen).table("test")
+    columns, rows = scored(*seen).tables("test")["per_class"]
     assert columns == ["label", "precision", "recall", "f1", "examples"]
     assert [row[0] for row in rows] == NAMES
     expected = precision_recall_fscore_support(*seen, labels=[0, 1, 2], zero_division=0)
@@ -131,7 +133,7 @@ def test_table_is_scikit_learns(seen: tuple[list[int], list[int]]) -> None:
 
 def test_picture_has_the_counts_as_texts_and_the_names_at_the_axes() -> None:
     seen = SEEN["one never there"]
-    figure = scored(*seen).picture("test")
+    figure = scored(*seen).pictures("test")["confusion_matrix"]
     axes = figure.axes[0]
     counts = np.zeros((3, 3), dtype=int)
     for text in axes.texts:
@@ -146,7 +148,7 @@ def test_picture_has_the_counts_as_texts_and_the_names_at_the_axes() -> None:
 
 def test_picture_is_shaded_by_the_share_of_the_row() -> None:
     seen = SEEN["mixed"]
-    shades = scored(*seen).picture("test").axes[0].images[0].get_array()
+    shades = scored(*seen).pictures("test")["confusion_matrix"].axes[0].images[0].get_array()
     assert np.asarray(shades) == pytest.approx(confusion_matrix(*seen, normalize="true"))
 
 
@@ -158,7 +160,7 @@ def test_stages_count_apart_and_anew_after_a_reset() -> None:
     task.reset("test")
     task.update("test", torch.eye(3), torch.tensor([0, 0, 2]))
     assert float(task.scores("test")["accuracy"]) == pytest.approx(2 / 3)
-    assert task.table("test")[1][0][-1] == 2
+    assert task.tables("test")["per_class"][1][0][-1] == 2
 
 
 # ---------------------------------------------------------------------- predictions and the model
@@ -166,7 +168,8 @@ def test_stages_count_apart_and_anew_after_a_reset() -> None:
 
 def test_predictions_are_the_softmax_by_name() -> None:
     logits, _ = logits_and_labels()
-    predictions = Classification(NAMES).predict(logits.bfloat16())
+    model: Any = lambda: SimpleNamespace(logits=logits.bfloat16())  # noqa: E731
+    predictions = Classification(NAMES).predict(model, {})
     expected = F.softmax(logits.bfloat16().double(), dim=-1)
     for prediction, row in zip(predictions, expected, strict=True):
         assert list(prediction["probabilities"]) == NAMES

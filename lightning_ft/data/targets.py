@@ -1,0 +1,210 @@
+"""Target: what a row of data says is to be learned. It checks rows, tells what a task must know of them, encodes them.
+
+Each has the task of like name: a Target makes the ``labels`` of a batch, and the task takes them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from datasets import ClassLabel, Dataset
+
+from lightning_ft.data.sources import DataError, check_column, check_rows, quiet_bars
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Facts = Mapping[str, Any]
+
+
+class Columns(NamedTuple):
+    """The columns of the data: of what is read, and of what is to be learned of it."""
+
+    text: str
+    label: Any
+
+
+class Target(ABC):
+    """What is to be learned of a row. Of a split, rows are counted from 1 in messages."""
+
+    @abstractmethod
+    def check(self, rows: Dataset, columns: Columns, where: str) -> None:
+        """Raise DataError, naming the row and the column, unless each row of a split has what it needs.
+
+        Args:
+            rows: the split.
+            columns: those of the data.
+            where: file and split, for the message.
+        """
+
+    @abstractmethod
+    def facts(self, rows: Dataset, columns: Columns, where: str) -> dict[str, Any]:
+        """What the task must know of the training rows, in plain values under the names of its arguments.
+
+        Raises:
+            DataError: if there is nothing to learn.
+        """
+
+    def check_known(self, rows: Dataset, columns: Columns, facts: Facts, where: str) -> None:  # noqa: B027
+        """Raise DataError if a row of a split has what training, of which ``facts`` are, never saw."""
+
+    def strata(self, rows: Dataset, columns: Columns) -> list[str] | None:
+        """A word for each row; rows with the same one are shared out to the splits alike. None to share out at will."""
+        return None
+
+    def inputs(self, texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, list[Any]]:
+        """The model's inputs for texts, cut to ``limit`` tokens, as lists of one length."""
+        return dict(tokenizer(list(texts), truncation=True, max_length=limit))
+
+    def labels(self, rows: Dataset, columns: Columns, facts: Facts) -> list[Any]:
+        """The label of each row, as the model is to learn it."""
+        raise NotImplementedError
+
+    def encode(
+        self, rows: Dataset, columns: Columns, facts: Facts, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> Dataset:
+        """A split as the model takes it: its inputs, ``labels``, and ``length``, the number of tokens."""
+        labels = self.labels(rows, columns, facts)
+
+        def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+            return {**self.inputs(batch[columns.text], tokenizer, limit), "labels": [labels[i] for i in indices]}
+
+        return mapped(rows, encode)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Makes a batch of encoded rows."""
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(tokenizer)
+
+    def describe(self, facts: Facts) -> str:
+        """What there is to learn, in some words."""
+        return ""
+
+
+class Classes(Target):
+    """One of several labels a text; strings or whole numbers. Its task is Classification."""
+
+    def check(self, rows: Dataset, columns: Columns, where: str) -> None:
+        """A text and a label in each row."""
+        check_texts(rows, columns, where)
+        check_column(rows, "label", columns.label, where)
+        # -1 is the hub's "no label"
+        good = _is_class if isinstance(rows.features[columns.label], ClassLabel) else _is_label
+        check_rows(where, "label", columns.label, rows[columns.label], good)
+
+    def facts(self, rows: Dataset, columns: Columns, where: str) -> dict[str, Any]:
+        """``labels`` in the order of their ids (the data's own, or numeric, or alphabetical), ``label_counts``."""
+        labels, counts = label_names(rows, columns.label), Counter(row_labels(rows, columns.label))
+        if len(labels) < 2:
+            raise DataError(f"{where}: column '{columns.label}' has only one label, '{labels[0]}': nothing to learn.")
+        return {"labels": labels, "label_counts": [counts[label] for label in labels]}
+
+    def check_known(self, rows: Dataset, columns: Columns, facts: Facts, where: str) -> None:
+        """No label but those of training."""
+        check_labels([[label] for label in row_labels(rows, columns.label)], facts["labels"], where)
+
+    def strata(self, rows: Dataset, columns: Columns) -> list[str]:
+        """The labels."""
+        return row_labels(rows, columns.label)
+
+    def labels(self, rows: Dataset, columns: Columns, facts: Facts) -> list[int]:
+        """The id of each row's label."""
+        ids = {name: i for i, name in enumerate(facts["labels"])}
+        return [ids[label] for label in row_labels(rows, columns.label)]
+
+    def describe(self, facts: Facts) -> str:
+        """The labels."""
+        return f"labels {', '.join(facts['labels'][:20])}"
+
+
+def mapped(rows: Dataset, encode: Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]]) -> Dataset:
+    """The rows as ``encode`` makes them of batches of columns and their indices, with their ``length`` in tokens."""
+
+    def with_length(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        encoded = encode(batch, indices)
+        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    with quiet_bars(len(rows)):
+        return rows.map(
+            with_length, batched=True, with_indices=True, remove_columns=rows.column_names, desc="tokenising"
+        )
+
+
+def check(
+    splits: Mapping[str, Dataset], target: Target, columns: Columns, source: str, facts: Facts | None = None
+) -> Facts:
+    """See that every row of all splits can be learned from, or be asked of a model that has learned.
+
+    Args:
+        splits: rows by split.
+        target: what is to be learned.
+        columns: those of the data.
+        source: where the rows are from, for the message.
+        facts: those of the training; by default those of the train split.
+
+    Returns:
+        The facts.
+
+    Raises:
+        DataError: naming source, split, row and column, and the cure.
+    """
+    for split, rows in splits.items():
+        target.check(rows, columns, f"{source}, {split}")
+    if facts is None:
+        if "train" not in splits:
+            raise DataError(f"{source}: there is no train split, only {', '.join(splits)}.")
+        facts = target.facts(splits["train"], columns, source)
+    for split, rows in splits.items():
+        target.check_known(rows, columns, facts, f"{source}, {split}")
+    return facts
+
+
+def check_texts(rows: Dataset, columns: Columns, where: str) -> None:
+    """Raise DataError unless each row has a text."""
+    check_column(rows, "text", columns.text, where)
+    check_rows(where, "text", columns.text, rows[columns.text], _is_text)
+
+
+def check_labels(labels: Sequence[Sequence[str]], known: Sequence[str], where: str) -> None:
+    """Raise DataError if a row has a label that isn't among those of training; ``labels`` are each row's."""
+    unseen = [(i + 1, label) for i, row in enumerate(labels) for label in row if label not in set(known)]
+    if unseen:
+        row, label = unseen[0]
+        raise DataError(
+            f"{where}: the label '{label}' (row {row}, {len({i for i, _ in unseen})} such rows) doesn't occur in"
+            f" training, whose labels are {', '.join(known[:20])}. Correct it, or add examples of it to train."
+        )
+
+
+def row_labels(rows: Dataset, label: str) -> list[str]:
+    """The label of each row, by name."""
+    feature = rows.features[label]
+    values: list[Any] = list(rows[label])
+    return [feature.int2str(value) for value in values] if isinstance(feature, ClassLabel) else [str(v) for v in values]
+
+
+def label_names(rows: Dataset, label: str) -> list[str]:
+    """The labels that occur, in the order of their ids: the data's own order, or numeric, or alphabetical."""
+    feature = rows.features[label]
+    occurring = set(row_labels(rows, label))
+    if isinstance(feature, ClassLabel):
+        return [name for name in feature.names if name in occurring]
+    values = set(rows[label])
+    numeric = all(isinstance(value, (int, float)) for value in values)
+    return [str(value) for value in (sorted(values) if numeric else sorted(map(str, values)))]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and str(value).strip() != ""
+
+
+def _is_class(value: Any) -> bool:
+    return value is not None and value >= 0

@@ -1,0 +1,103 @@
+"""Task: what a FineTuner learns. One room a task: its loss, its head, its metrics, in that order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedModel
+
+Batch = Mapping[str, Any]
+Table = tuple[list[str], list[list[Any]]]
+"""Columns and rows."""
+
+NOT_INPUTS = ("labels", "extra")
+"""What of a batch the model never sees: what is to be learned, and what predictions need to be read."""
+
+
+class Task(nn.Module, ABC):
+    """The head, the loss and the metrics of what is learned.
+
+    A batch holds the model's inputs and ``labels``; what ``labels`` are is an agreement with the
+    :class:`lightning_ft.data.targets.Target` that made them. ``stage`` is ``"val"`` or ``"test"``.
+    """
+
+    @abstractmethod
+    def build(self, name: str) -> PreTrainedModel:
+        """The pretrained model with a new head; errors as of :func:`lightning_ft.tasks.pretrained.load_pretrained`."""
+
+    def outputs(self, model: nn.Module, inputs: Batch) -> Any:
+        """What the model says of a batch: its logits."""
+        return model(**inputs).logits
+
+    @abstractmethod
+    def loss(self, outputs: Any, labels: Any) -> Tensor:
+        """A scalar, computed in fp32."""
+
+    def count(self, labels: Any) -> int:
+        """Of how many things the loss of a batch is the mean."""
+        return len(labels)
+
+    @abstractmethod
+    def update(self, stage: str, outputs: Any, labels: Any) -> None:
+        """Count a batch in the metrics of ``stage``."""
+
+    @abstractmethod
+    def scores(self, stage: str) -> dict[str, Tensor]:
+        """The metrics of ``stage`` since the last reset; their names are those of :data:`SCORES`."""
+
+    @abstractmethod
+    def reset(self, stage: str) -> None:
+        """Begin counting anew."""
+
+    def tables(self, stage: str) -> dict[str, Table]:
+        """More to read of ``stage`` than fits into scores, by name."""
+        return {}
+
+    def pictures(self, stage: str) -> dict[str, Figure]:
+        """What of ``stage`` people would rather look at, by name."""
+        return {}
+
+    @abstractmethod
+    def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        """For each row of a batch, what the model makes of it, in plain values."""
+
+    def values(self, outputs: Any) -> Tensor:
+        """The numbers by which two models are compared: probabilities (rows, ...)."""
+        return outputs.float().softmax(dim=-1)
+
+
+class Score(NamedTuple):
+    """How a score is read."""
+
+    name: str
+    percent: bool = True
+    better: str = "max"
+
+    def text(self, value: float) -> str:
+        """A value for people."""
+        return f"{value:.1%}" if self.percent else f"{value:.3f}"
+
+
+SCORES = {
+    "accuracy": Score("accuracy"),
+    "f1": Score("macro F1"),
+    "loss": Score("loss", percent=False, better="min"),
+}
+"""Every score that a task may give."""
+
+
+def score_of(key: str) -> Score:
+    """How the score with this key is read: ``test/f1``, or ``val/TASK/f1`` of one task of several."""
+    *_, name = key.split("/")
+    return SCORES.get(name, Score(name, percent=False))
+
+
+def inputs_and_labels(batch: Batch) -> tuple[dict[str, Any], Any]:
+    """What the model is given of a batch, and what it should make of that; None where nobody knows."""
+    return {key: value for key, value in batch.items() if key not in NOT_INPUTS}, batch.get("labels")
