@@ -1,0 +1,200 @@
+"""The same text again, exactly or nearly, in one split or in two.
+
+Exactly: the same but for case, spaces and the form of characters (``identity`` in ``findings.py``).
+Nearly: of the sets A and B of their runs of five characters, letters and digits alone,
+
+    J(A, B) = |A ∩ B| / |A ∪ B| ≥ t
+
+with t = 0.8: one word in fifteen changed, about. Pairs are found by prefix filtering (Chaudhuri et al. 2006, "A
+primitive operator for similarity joins in data cleaning"; Bayardo et al. 2007, "Scaling up all pairs similarity
+search"): if J(A, B) ≥ t, and all sets are put in one order, the first |A| - ⌈t|A|⌉ + 1 of A and as many of B have one
+in common. In the order from rare to common few other pairs do. Every candidate is verified by its exact J. Unlike
+MinHash it misses nothing and needs no seed; only where more than fifty texts share such a rare run, as in data made by
+a template, each is compared with the fifty next to it in length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from lightning_ft.data.quality.findings import (
+    Finding,
+    Severity,
+    Splits,
+    Track,
+    count,
+    each,
+    excerpt,
+    identity,
+    numbered,
+)
+from lightning_ft.data.sources import SPLITS
+
+Place = tuple[str, int]
+"""A split, and an index in it."""
+
+NEARLY = 0.8
+_RUN, _FEWEST, _NEIGHBOURS = 5, 20, 50
+
+
+def same_texts(splits: Splits) -> dict[str, list[Place]]:
+    """Where each text stands, by its identity, in the order of the splits and the rows."""
+    places: dict[str, list[Place]] = defaultdict(list)
+    for split in sorted(splits, key=_order):
+        for i, text in splits[split].readable():
+            places[identity(text)].append((split, i))
+    return places
+
+
+def duplicates(splits: Splits, places: Mapping[str, Sequence[Place]], carved: bool = False) -> Iterator[Finding]:
+    """Of texts that stand several times in a split, all but the first.
+
+    Args:
+        splits: the data.
+        places: of :func:`same_texts`.
+        carved: whether splits will be carved out of train, in which copies of a row then land.
+    """
+    for split, (rows, pairs) in _again(splits, places).items():
+        example = [f"row {first + 1} = row {row}: {excerpt(splits[split].texts[first])}" for first, row in pairs[:3]]
+        cure = "Keep one of each"
+        if carved and split == "train":
+            cure = "The rows are split by ratio, and copies of one may land in train and in test: keep one of each"
+        message = f"{count(len(rows), 'text')} stand{'s' * (len(rows) == 1)} here before: {numbered(rows)}. {cure}."
+        yield Finding("duplicate", "warning", split, tuple(rows), message, tuple(example))
+
+
+def leaks(splits: Splits, places: Mapping[str, Sequence[Place]]) -> Iterator[Finding]:
+    """Of texts that stand in several splits, the rows of the earlier one (train, validation, test)."""
+    found: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for group in places.values():
+        for earlier, i in group:
+            for later in dict.fromkeys(split for split, _ in group if _order(split) > _order(earlier)):
+                found[earlier, later].append((i, next(j for split, j in group if split == later)))
+    for (earlier, later), pairs in sorted(found.items(), key=lambda item: tuple(map(_order, item[0]))):
+        yield _shared("leak", "error", splits, earlier, later, sorted(pairs))
+
+
+def near(splits: Splits, places: Mapping[str, Sequence[Place]], track: Track = each) -> Iterator[Finding]:
+    """Of texts that are nearly the same, those after the first in a split; and between splits, as :func:`leaks`."""
+    groups = list(places.values())
+    inside: dict[str, dict[int, int]] = defaultdict(dict)
+    across: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+    for a, b in similar(list(places), track=track):
+        for one, i in groups[a]:
+            for other, j in groups[b]:
+                if one == other:
+                    inside[one].setdefault(max(i, j), min(i, j))
+                elif _order(one) < _order(other):
+                    across[one, other].setdefault(i, j)
+                else:
+                    across[other, one].setdefault(j, i)
+    for split in sorted(inside, key=_order):
+        pairs = sorted((later, first) for later, first in inside[split].items())
+        rows = [later + 1 for later, _ in pairs]
+        texts, labels = splits[split].texts, splits[split].labels
+        differ = sum(labels[later] != labels[first] for later, first in pairs)
+        said = f", {differ:,} with another label" if differ else ""
+        message = (
+            f"{count(len(rows), 'text')} nearly as an earlier one{said}: {numbered(rows)}. They add little to training."
+        )
+        examples = [f"row {b + 1} ≈ row {a + 1}: {excerpt(texts[b])} ≈ {excerpt(texts[a])}" for a, b in pairs[:3]]
+        yield Finding("near_duplicate", "note", split, tuple(rows), message, tuple(examples))
+    for (earlier, later), found in sorted(across.items(), key=lambda item: tuple(map(_order, item[0]))):
+        yield _shared("near_leak", "warning", splits, earlier, later, sorted(found.items()))
+
+
+def similar(texts: Sequence[str], least: float = NEARLY, track: Track = each) -> list[tuple[int, int]]:
+    """The pairs (i, j), i < j, of texts with J ≥ ``least``.
+
+    Texts of fewer than 20 runs are too short to tell: of these only pairs that have the same letters and digits.
+    """
+    letters = [re.sub(r"[\W_]+", " ", text).strip() for text in texts]
+    first: dict[str, int] = {}
+    pairs = [(first[text], i) for i, text in enumerate(letters) if text and first.setdefault(text, i) != i]
+    rows = [i for text, i in first.items() if len(text) >= _FEWEST + _RUN - 1]
+    sets = [runs(letters[i]) for i in track("looking for near duplicates", rows)]
+    kept = [k for k, found in enumerate(sets) if len(found) >= _FEWEST]
+    for a, b in _candidates([sets[k] for k in kept], least):
+        one, other = sets[kept[a]], sets[kept[b]]
+        shared = len(np.intersect1d(one, other, assume_unique=True))
+        if shared >= least * (len(one) + len(other) - shared):
+            i, j = rows[kept[a]], rows[kept[b]]
+            pairs.append((min(i, j), max(i, j)))
+    return sorted(pairs)
+
+
+def runs(text: str) -> np.ndarray:
+    """The different runs of five characters of a text, each as a number of 32 bits."""
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    hashed = np.zeros(max(0, len(points) - _RUN + 1), np.uint32)
+    for i in range(_RUN):
+        hashed = hashed * np.uint32(2654435761) + points[i : i + len(hashed)]  # overflow is what mixes
+        hashed ^= hashed >> np.uint32(15)
+    return np.unique(hashed)
+
+
+def _candidates(sets: Sequence[np.ndarray], least: float) -> Iterator[tuple[int, int]]:
+    """Pairs that share one of the first, rarest members of their sets, and are of like size."""
+    if len(sets) < 2:
+        return
+    sizes = np.array([len(found) for found in sets])
+    owner = np.repeat(np.arange(len(sets)), sizes)
+    _, member, often = np.unique(np.concatenate(sets), return_inverse=True, return_counts=True)
+    rank = np.empty(len(often), np.int64)
+    rank[np.argsort(often, kind="stable")] = np.arange(len(often))
+    # One sort: by the set, within it from rare to common.
+    order = np.argsort(owner * len(often) + rank[member])
+    position = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    prefix = position < np.repeat(sizes - np.ceil(least * sizes).astype(int) + 1, sizes)
+    member, owner = member[order], owner[order]
+    used = prefix & (often[member] > 1)
+    member, owner = member[used], owner[used]
+    order = np.lexsort((sizes[owner], member))  # in each group by size, so that neighbours are the likely ones
+    member, owner = member[order], owner[order]
+    seen = np.empty(0, np.int64)
+    for shift in range(1, _NEIGHBOURS + 1):
+        a, b = owner[:-shift], owner[shift:]
+        same = member[:-shift] == member[shift:]
+        if not same.any():
+            break
+        like = same & (sizes[a] >= least * sizes[b])
+        a, b = a[like], b[like]
+        seen = np.union1d(seen, np.minimum(a, b) * len(sets) + np.maximum(a, b))
+    yield from ((int(pair) // len(sets), int(pair) % len(sets)) for pair in seen)
+
+
+def _again(splits: Splits, places: Mapping[str, Sequence[Place]]) -> dict[str, tuple[list[int], list[tuple[int, int]]]]:
+    """In each split the rows that are there again, and (index of the first, row) of each."""
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for group in places.values():
+        first: dict[str, int] = {}
+        for split, i in group:
+            if first.setdefault(split, i) != i:
+                found[split].append((first[split], i + 1))
+    ordered = {split: sorted(found[split], key=lambda pair: pair[1]) for split in splits if split in found}
+    return {split: ([row for _, row in pairs], pairs) for split, pairs in ordered.items()}
+
+
+def _shared(
+    kind: str, severity: Severity, splits: Splits, earlier: str, later: str, pairs: Iterable[tuple[int, int]]
+) -> Finding:
+    pairs = list(pairs)
+    rows = [i + 1 for i, _ in pairs]
+    nearly = " nearly so" if kind == "near_leak" else ""
+    message = (
+        f"{count(len(rows), 'text')} stand{'s' * (len(rows) == 1)}{nearly} in {later} too, whose scores they flatter:"
+        f" {numbered(rows)}. Take them out of {earlier}."
+    )
+    sign = "≈" if nearly else "="
+    examples = [
+        f"{earlier} row {i + 1} {sign} {later} row {j + 1}: {excerpt(splits[earlier].texts[i])}" for i, j in pairs[:3]
+    ]
+    return Finding(kind, severity, earlier, tuple(rows), message, tuple(examples))
+
+
+def _order(split: str) -> int:
+    return SPLITS.index(split) if split in SPLITS else len(SPLITS)
