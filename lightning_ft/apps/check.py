@@ -59,13 +59,13 @@ def check(config: DictConfig) -> None:
     stop = fail_on(config)
     data = build.datamodule(config)
     raw, rows = _read(data)
+    cleaned = _fix(str(config.check.fix), raw, rows, data) if config.check.fix else None
     embed = _embed(config, data) if config.check.labels else None
     found = examine(
         rows, data.tokenizer, data.token_limit, embed, carved=_carved(raw), seed=config.seed, track=report.track
     )
     about = {"data": str(config.data.path), "model": str(config.model.name), "limit": data.token_limit}
     about["rows"] = {split: len(its) for split, its in raw.items()}
-    cleaned = _fix(str(config.check.fix), raw, rows, data) if config.check.fix else None
     record = _record(found, {**about, "fix": cleaned})
     (folder / CHECK).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(check_page.page(found, rows, record), encoding="utf-8")
@@ -170,7 +170,7 @@ def _fix(out: str, raw: Mapping[str, Dataset], rows: Mapping[str, Rows], data: T
 
     paths = data.path.values() if isinstance(data.path, Mapping) else [data.path]
     cleanings = plan(rows)
-    with new_folder(out, False, [Path(path) for path in paths], option="check.fix") as new:
+    with new_folder(out, None, [Path(path) for path in paths], option="check.fix") as new:
         write(raw, data.text, cleanings, new)
     return {
         split: f"{len(its) - len(cleanings[split].removed):,} of {len(its):,} rows; {cleanings[split].said()}"

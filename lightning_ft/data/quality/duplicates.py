@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, product
 
 import numpy as np
 
@@ -113,17 +114,19 @@ def similar(texts: Sequence[str], least: float = NEARLY, track: Track = each) ->
     Texts of fewer than 20 runs are too short to tell: of these only pairs that have the same letters and digits.
     """
     letters = [re.sub(r"[\W_]+", " ", text).strip() for text in texts]
-    first: dict[str, int] = {}
-    pairs = [(first[text], i) for i, text in enumerate(letters) if text and first.setdefault(text, i) != i]
-    rows = [i for text, i in first.items() if len(text) >= _FEWEST + _RUN - 1]
-    sets = [runs(letters[i]) for i in track("looking for near duplicates", rows)]
-    kept = [k for k, found in enumerate(sets) if len(found) >= _FEWEST]
-    for a, b in _candidates([sets[k] for k in kept], least):
+    same: dict[str, list[int]] = defaultdict(list)
+    for i, text in enumerate(letters):
+        if text:
+            same[text].append(i)
+    pairs = {pair for group in same.values() for pair in combinations(group, 2)}
+    long = [text for text in same if len(text) >= _FEWEST + _RUN - 1]
+    sets = {text: runs(text) for text in track("looking for near duplicates", long)}
+    kept = [text for text, found in sets.items() if len(found) >= _FEWEST]
+    for a, b in _candidates([sets[text] for text in kept], least):
         one, other = sets[kept[a]], sets[kept[b]]
         shared = len(np.intersect1d(one, other, assume_unique=True))
         if shared >= least * (len(one) + len(other) - shared):
-            i, j = rows[kept[a]], rows[kept[b]]
-            pairs.append((min(i, j), max(i, j)))
+            pairs |= {(min(pair), max(pair)) for pair in product(same[kept[a]], same[kept[b]])}
     return sorted(pairs)
 
 

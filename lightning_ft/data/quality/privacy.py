@@ -128,10 +128,9 @@ def is_phone(text: str) -> bool:
     return 7 <= len(digits) <= 15 and not years and len(set(digits)) > 2
 
 
-# Neither within a longer number nor behind a currency, a decimal point, a version or a letter.
-_ALONE, _ENDS = r"(?<![\w.,$€£¥/+#-])", r"(?![\w%/]|[.,-]\d)"
-# Chinese has no spaces, and there \w is a neighbour that says nothing.
-_DIGITS_ALONE, _DIGITS_END = r"(?<![A-Za-z0-9.,$€£¥/+#-])", r"(?![A-Za-z0-9%/]|[.,-]\d)"
+# Neither within a longer number nor behind a currency, a decimal point or a letter. Not \w, which has Chinese
+# characters, between which and a number there is no space.
+_ALONE, _ENDS = r"(?<![A-Za-z0-9.,$€£¥/+#-])", r"(?![A-Za-z0-9%/]|[.,-]\d)"
 
 _ISSUERS = re.compile(
     r"4\d{12}(?:\d{3}){0,2}"  # Visa
@@ -153,12 +152,12 @@ _CUE = (
 )
 
 PATTERNS = (
-    Pattern("URL", re.compile(r"(?:https?://|\bwww\.)[^\s<>\"'，。；、（）]*[\w/]", re.IGNORECASE)),
+    Pattern("URL", re.compile(r"(?:https?://|(?<![A-Za-z0-9])www\.)[!#-&(-;=?-~]*[A-Za-z0-9/]", re.IGNORECASE)),
     Pattern("EMAIL", re.compile(rf"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]+@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{{2,}}{_END}")),
     Pattern(
         "FILE",
         re.compile(
-            rf"(?<![\w.])(?:[A-Za-z]:[\\/]|~?/|\.\.?/)?(?:[\w.-]+[\\/])*[\w-][\w.-]*\.(?:{_ENDINGS})(?!\w|[.-]\w)",
+            rf"(?<![\w.-])(?:[A-Za-z]:[\\/]|~?/|\.\.?/)?(?:[\w.-]+[\\/])*[\w-][\w.-]*\.(?:{_ENDINGS})(?!\w|[.-]\w)",
             re.IGNORECASE,
         ),
     ),
@@ -168,16 +167,16 @@ PATTERNS = (
         is_iban,
     ),
     Pattern("ID", re.compile(rf"(?<![A-Za-z0-9])[1-9]\d{{5}}(?:19|20)\d{{9}}[\dXx]{_END}"), is_chinese_id),
-    Pattern("CARD", re.compile(rf"{_DIGITS_ALONE}\d(?:[ -]?\d){{12,18}}{_DIGITS_END}"), is_card),
+    Pattern("CARD", re.compile(rf"{_ALONE}\d(?:[ -]?\d){{12,18}}{_ENDS}"), is_card),
     Pattern("ID", re.compile(rf"{_ALONE}(?!000|666|9)\d{{3}}-(?!00)\d\d-(?!0000)\d{{4}}{_ENDS}")),
     *(
         Pattern("PHONE", re.compile(form, re.IGNORECASE), is_phone)
         for form in (
-            rf"(?<![\w.,+])\+\d{{1,3}}(?:[ .-]?\(?\d{{1,5}}\)?){{2,6}}{_DIGITS_END}",  # any country
-            rf"{_DIGITS_ALONE}1[3-9]\d([ -]?)\d{{4}}\1\d{{4}}{_DIGITS_END}",  # China, mobile
+            rf"(?<![A-Za-z0-9.,+])\+\d{{1,3}}(?:[ .-]?(?:\(\d{{1,5}}\)|\d{{1,5}})){{2,6}}{_ENDS}",  # any country
+            rf"{_ALONE}1[3-9]\d([ -]?)\d{{4}}\1\d{{4}}{_ENDS}",  # China, mobile
             rf"(?:\([2-9]\d\d\) ?|{_ALONE}(?:1[ .-])?[2-9]\d\d[-.])[2-9]\d\d[-. ]\d{{4}}{_ENDS}",  # North America
-            rf"{_DIGITS_ALONE}\(?0[1-9]\d{{1,3}}\)?[ /-]\d{{3,4}}[ -]?\d{{3,4}}{_DIGITS_END}",  # with an area code
-            rf"{_CUE}(?P<it>\d[\d ().-]{{5,16}}\d){_DIGITS_END}",
+            rf"{_ALONE}(?:\(0[1-9]\d{{1,3}}\)|0[1-9]\d{{1,3}})[ /-]\d{{3,4}}[ -]?\d{{3,4}}{_ENDS}",  # with an area code
+            rf"{_CUE}(?P<it>\d[\d ().-]{{5,16}}\d){_ENDS}",
         )
     ),
 )
