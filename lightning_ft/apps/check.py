@@ -66,7 +66,7 @@ def check(config: DictConfig) -> None:
     )
     about = {"data": str(config.data.path), "model": str(config.model.name), "limit": data.token_limit}
     about["rows"] = {split: len(its) for split, its in raw.items()}
-    record = _record(found, {**about, "fix": cleaned})
+    record = _record(found, rows, {**about, "fix": cleaned})
     (folder / CHECK).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(check_page.page(found, rows, record), encoding="utf-8")
 
@@ -178,16 +178,21 @@ def _fix(out: str, raw: Mapping[str, Dataset], rows: Mapping[str, Rows], data: T
     }
 
 
-def _record(found: Examined, about: Mapping[str, Any]) -> dict[str, Any]:
+def _record(found: Examined, rows: Mapping[str, Rows], about: Mapping[str, Any]) -> dict[str, Any]:
     """What check.json holds."""
     from dataclasses import asdict
     from datetime import datetime
 
+    from lightning_ft.data.quality.labels import label_counts
+    from lightning_ft.data.quality.tokens import histogram
     from lightning_ft.files.card import versions
 
+    lengths = {split: histogram(its.lengths, about["limit"]) for split, its in found.tokens.items()}
     return {
         **about,
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": versions(),
+        "label_counts": label_counts(rows),
+        "lengths": {split: {"edges": edges, "texts": counts} for split, (edges, counts) in lengths.items()},
         "findings": [asdict(finding) for finding in found.findings],
     }

@@ -64,6 +64,6 @@ def examine(
     found += [*truncation(its_tokens, limit), *unknown_tokens(splits, its_tokens)]
     judged = None
     if embed is not None:
-        judged = confidence(splits, embed, seed)
+        judged = confidence(splits, embed, seed, track)
         found += suspicious(splits, judged)
     return Examined(without_examples_of(worst_first(found), lambda text: redact(text)[0]), its_tokens, judged)

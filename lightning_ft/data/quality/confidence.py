@@ -32,6 +32,7 @@ Embed = Callable[[Sequence[str]], np.ndarray]
 """Texts to their embeddings (texts, width)."""
 
 LEAST, MOST = 0.1, 0.9
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS, FEWEST = 5, 20
 """Of the cross-validation; and the rows a class must have, without which nothing is said of it."""
 
@@ -60,13 +61,14 @@ class Confidence:
         return self.probabilities[np.arange(len(self.given)), self.given]
 
 
-def confidence(splits: Splits, embed: Embed, seed: int = 0) -> Confidence | None:
+def confidence(splits: Splits, embed: Embed, seed: int = 0, track: Track = each) -> Confidence | None:
     """The cross-validated probabilities; None where labels aren't one class a row, or fewer than two have enough rows.
 
     Args:
         splits: the data, all of which is looked at together.
         embed: gives the embeddings.
         seed: of the folds.
+        track: shows how far it is.
     """
     found = [
         ((split, i), text, data.labels[i])
@@ -82,24 +84,31 @@ def confidence(splits: Splits, embed: Embed, seed: int = 0) -> Confidence | None
     number = {name: i for i, name in enumerate(classes)}
     found = [row for row in found if row[2] in number]
     given = np.array([number[label] for *_, label in found])
-    probabilities = cross_validated(embed([text for _, text, _ in found]), given, seed)
+    probabilities = cross_validated(embed([text for _, text, _ in found]), given, seed, track)
     left_out = sorted(set(counts) - set(classes))
     return Confidence([place for place, *_ in found], classes, given, probabilities, left_out)
 
 
-def cross_validated(embeddings: np.ndarray, given: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Probabilities of the classes for each row, by a logistic regression on the folds that it isn't in."""
+def cross_validated(embeddings: np.ndarray, given: np.ndarray, seed: int = 0, track: Track = each) -> np.ndarray:
+    """Probabilities of the classes for each row, by a logistic regression on the folds that it isn't in.
+
+    Of several strengths of its penalty the one with the least log loss: by it a probability means what it says.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # nearly there is near enough
-        return cross_val_predict(model, embeddings, given, cv=folds, method="predict_proba")
+        for c in track("judging labels", PENALTIES):
+            model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=200))
+            found.append(cross_val_predict(model, embeddings, given, cv=folds, method="predict_proba"))
+    return min(found, key=lambda probabilities: log_loss(given, probabilities))
 
 
 def errors(probabilities: np.ndarray, given: np.ndarray) -> np.ndarray:

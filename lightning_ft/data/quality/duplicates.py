@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, product
 
 import numpy as np
@@ -59,53 +59,65 @@ def duplicates(splits: Splits, places: Mapping[str, Sequence[Place]], carved: bo
         places: of :func:`same_texts`.
         carved: whether splits will be carved out of train, in which copies of a row then land.
     """
-    for split, (rows, pairs) in _again(splits, places).items():
-        example = [f"row {first + 1} = row {row}: {excerpt(splits[split].texts[first])}" for first, row in pairs[:3]]
-        cure = "Keep one of each"
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for group in places.values():
+        first = _firsts(group)
+        for split, i in group:
+            if i != first[split]:
+                found[split].append((i, first[split]))
+    for split in sorted(found, key=_order):
+        pairs = sorted(found[split])
+        rows = tuple(i + 1 for i, _ in pairs)
+        cure = "Keep one of each."
         if carved and split == "train":
-            cure = "The rows are split by ratio, and copies of one may land in train and in test: keep one of each"
-        message = f"{count(len(rows), 'text')} stand{'s' * (len(rows) == 1)} here before: {numbered(rows)}. {cure}."
-        yield Finding("duplicate", "warning", split, tuple(rows), message, tuple(example))
+            cure = "The rows are split by ratio, and copies of one may land in train and in test: keep one of each."
+        message = f"{count(len(rows), 'text')} that stood here before: {numbered(rows)}. {cure}"
+        examples = [f"row {i + 1} = row {j + 1}: {excerpt(splits[split].texts[i])}" for i, j in pairs[:3]]
+        yield Finding("duplicate", "warning", split, rows, message, tuple(examples))
 
 
 def leaks(splits: Splits, places: Mapping[str, Sequence[Place]]) -> Iterator[Finding]:
     """Of texts that stand in several splits, the rows of the earlier one (train, validation, test)."""
     found: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for group in places.values():
-        for earlier, i in group:
-            for later in dict.fromkeys(split for split, _ in group if _order(split) > _order(earlier)):
-                found[earlier, later].append((i, next(j for split, j in group if split == later)))
-    for (earlier, later), pairs in sorted(found.items(), key=lambda item: tuple(map(_order, item[0]))):
-        yield _shared("leak", "error", splits, earlier, later, sorted(pairs))
+        first = _firsts(group)
+        for earlier, i in group if len(first) > 1 else ():
+            for later in first:
+                if _order(earlier) < _order(later):
+                    found[earlier, later].append((i, first[later]))
+    for (earlier, later), pairs in _in_order(found):
+        message = f"{count(len(pairs), 'text')} that {later} has too"
+        yield _shared("leak", "error", splits, (earlier, later), message, pairs, "=")
 
 
 def near(splits: Splits, places: Mapping[str, Sequence[Place]], track: Track = each) -> Iterator[Finding]:
-    """Of texts that are nearly the same, those after the first in a split; and between splits, as :func:`leaks`."""
-    groups = list(places.values())
+    """Of texts that are nearly the same, those after the first in a split; and between splits, as :func:`leaks`.
+
+    Of texts that are exactly the same the first of a split stands for all.
+    """
+    groups = [_firsts(group) for group in places.values()]
     inside: dict[str, dict[int, int]] = defaultdict(dict)
     across: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
     for a, b in similar(list(places), track=track):
-        for one, i in groups[a]:
-            for other, j in groups[b]:
-                if one == other:
-                    inside[one].setdefault(max(i, j), min(i, j))
-                elif _order(one) < _order(other):
-                    across[one, other].setdefault(i, j)
-                else:
-                    across[other, one].setdefault(j, i)
+        for (one, i), (other, j) in product(groups[a].items(), groups[b].items()):
+            if one == other:
+                inside[one].setdefault(max(i, j), min(i, j))
+            elif _order(one) < _order(other):
+                across[one, other].setdefault(i, j)
+            else:
+                across[other, one].setdefault(j, i)
     for split in sorted(inside, key=_order):
-        pairs = sorted((later, first) for later, first in inside[split].items())
-        rows = [later + 1 for later, _ in pairs]
+        pairs = sorted(inside[split].items())
+        rows = tuple(i + 1 for i, _ in pairs)
         texts, labels = splits[split].texts, splits[split].labels
-        differ = sum(labels[later] != labels[first] for later, first in pairs)
+        differ = sum(labels[i] != labels[j] for i, j in pairs)
         said = f", {differ:,} with another label" if differ else ""
-        message = (
-            f"{count(len(rows), 'text')} nearly as an earlier one{said}: {numbered(rows)}. They add little to training."
-        )
-        examples = [f"row {b + 1} ≈ row {a + 1}: {excerpt(texts[b])} ≈ {excerpt(texts[a])}" for a, b in pairs[:3]]
-        yield Finding("near_duplicate", "note", split, tuple(rows), message, tuple(examples))
-    for (earlier, later), found in sorted(across.items(), key=lambda item: tuple(map(_order, item[0]))):
-        yield _shared("near_leak", "warning", splits, earlier, later, sorted(found.items()))
+        message = f"{count(len(rows), 'text')} nearly as an earlier one{said}: {numbered(rows)}."
+        examples = [f"row {i + 1}: {excerpt(texts[i])} ≈ row {j + 1}: {excerpt(texts[j])}" for i, j in pairs[:3]]
+        yield Finding("near_duplicate", "note", split, rows, f"{message} They add little.", tuple(examples))
+    for (earlier, later), found in _in_order({key: list(found.items()) for key, found in across.items()}):
+        message = f"{count(len(found), 'text')} nearly as one that {later} has"
+        yield _shared("near_leak", "warning", splits, (earlier, later), message, found, "≈")
 
 
 def similar(texts: Sequence[str], least: float = NEARLY, track: Track = each) -> list[tuple[int, int]]:
@@ -170,33 +182,38 @@ def _candidates(sets: Sequence[np.ndarray], least: float) -> Iterator[tuple[int,
     yield from ((int(pair) // len(sets), int(pair) % len(sets)) for pair in seen)
 
 
-def _again(splits: Splits, places: Mapping[str, Sequence[Place]]) -> dict[str, tuple[list[int], list[tuple[int, int]]]]:
-    """In each split the rows that are there again, and (index of the first, row) of each."""
-    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for group in places.values():
-        first: dict[str, int] = {}
-        for split, i in group:
-            if first.setdefault(split, i) != i:
-                found[split].append((first[split], i + 1))
-    ordered = {split: sorted(found[split], key=lambda pair: pair[1]) for split in splits if split in found}
-    return {split: ([row for _, row in pairs], pairs) for split, pairs in ordered.items()}
+def _firsts(group: Sequence[Place]) -> dict[str, int]:
+    """The first of a text's places in each split."""
+    first: dict[str, int] = {}
+    for split, i in group:
+        first.setdefault(split, i)
+    return first
+
+
+def _in_order(
+    found: Mapping[tuple[str, str], list[tuple[int, int]]],
+) -> Iterator[tuple[tuple[str, str], list[tuple[int, int]]]]:
+    for splits in sorted(found, key=lambda pair: (_order(pair[0]), _order(pair[1]))):
+        yield splits, sorted(found[splits])
 
 
 def _shared(
-    kind: str, severity: Severity, splits: Splits, earlier: str, later: str, pairs: Iterable[tuple[int, int]]
+    kind: str,
+    severity: Severity,
+    splits: Splits,
+    names: tuple[str, str],
+    message: str,
+    pairs: Sequence[tuple[int, int]],
+    sign: str,
 ) -> Finding:
-    pairs = list(pairs)
-    rows = [i + 1 for i, _ in pairs]
-    nearly = " nearly so" if kind == "near_leak" else ""
-    message = (
-        f"{count(len(rows), 'text')} stand{'s' * (len(rows) == 1)}{nearly} in {later} too, whose scores they flatter:"
-        f" {numbered(rows)}. Take them out of {earlier}."
-    )
-    sign = "≈" if nearly else "="
+    """A finding of what two splits share, in rows of the earlier one."""
+    earlier, later = names
+    rows = tuple(i + 1 for i, _ in pairs)
+    message += f": {numbered(rows)}. Scores there then flatter the model: take them out of {earlier}."
     examples = [
         f"{earlier} row {i + 1} {sign} {later} row {j + 1}: {excerpt(splits[earlier].texts[i])}" for i, j in pairs[:3]
     ]
-    return Finding(kind, severity, earlier, tuple(rows), message, tuple(examples))
+    return Finding(kind, severity, earlier, rows, message, tuple(examples))
 
 
 def _order(split: str) -> int:

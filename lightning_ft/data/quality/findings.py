@@ -74,7 +74,7 @@ class Finding:
 
     Attributes:
         kind: one of :data:`KINDS`.
-        severity: an error makes a training or its scores worthless, a warning may; a note is good to know.
+        severity: of an error's rows at least one is wrong, or misleads; of a warning's it may be; a note is good to know.
         split: where.
         rows: the rows, counted from 1; none where it's about the split as a whole.
         message: what, and what to do about it.

@@ -58,15 +58,16 @@ def contradictions(splits: Splits, places: Mapping[str, Sequence[Place]]) -> Ite
         if len(group) == 1 or not _contradict([label for label in labels if label is not None], kind, spread):
             continue
         where = "; ".join(f"{split} row {i + 1}: {_said(y)}" for (split, i), y in zip(group[:4], labels, strict=False))
+        example = f"{excerpt(splits[group[0][0]].texts[group[0][1]], 60)} ({where})"
         for split, i in group:
             found[split].append(i + 1)
-            examples[split].append(f"{excerpt(splits[split].texts[i], 60)} ({where})")
+        for split in {split for split, _ in group}:
+            examples[split].append(example)
     for split, rows in found.items():
         if rows:
             message = f"{count(len(rows))} whose text has another label elsewhere: {numbered(sorted(rows))}."
             message += " Decide for one, or remove them."
-            shown = tuple(dict.fromkeys(examples[split]))[:3]
-            yield Finding("contradiction", "error", split, tuple(sorted(rows)), message, shown)
+            yield Finding("contradiction", "error", split, tuple(sorted(rows)), message, tuple(examples[split][:3]))
 
 
 def imbalance(splits: Splits) -> Iterator[Finding]:
