@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from lightning_ft.data.module import TextDataModule
-    from lightning_ft.data.quality import Embed, Examined, Finding
-    from lightning_ft.data.quality.findings import Rows
+    from lightning_ft.data.quality import Examined
+    from lightning_ft.data.quality.confidence import Embed
+    from lightning_ft.data.quality.findings import Finding, Rows
 
 CHECK, PAGE = "check.json", "check.html"
 
@@ -64,13 +65,21 @@ def check(config: DictConfig) -> None:
     found = examine(
         rows, data.tokenizer, data.token_limit, embed, carved=_carved(raw), seed=config.seed, track=report.track
     )
-    about = {"data": str(config.data.path), "model": str(config.model.name), "limit": data.token_limit}
-    about["rows"] = {split: len(its) for split, its in raw.items()}
-    record = _record(found, rows, {**about, "fix": cleaned})
+    record = _record(
+        found,
+        rows,
+        {
+            "data": str(config.data.path),
+            "model": str(config.model.name),
+            "limit": data.token_limit,
+            "rows": {split: len(its) for split, its in raw.items()},
+            "fix": cleaned,
+        },
+    )
     (folder / CHECK).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(check_page.page(found, rows, record), encoding="utf-8")
 
-    report.console.print(report.findings_table(found.findings, about["rows"], about["data"]))
+    report.console.print(report.findings_table(found.findings, record["rows"], record["data"]))
     for split, said in (cleaned or {}).items():
         report.console.print(f"{config.check.fix}, {split}: {said}", markup=False, soft_wrap=True)
     report.console.print(f"The check lies in {os.path.relpath(folder)}: {PAGE}", markup=False, soft_wrap=True)

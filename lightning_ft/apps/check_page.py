@@ -19,7 +19,8 @@ from lightning_ft.data.quality.labels import label_counts
 from lightning_ft.data.quality.tokens import histogram
 
 if TYPE_CHECKING:
-    from lightning_ft.data.quality import Examined, Finding
+    from lightning_ft.data.quality import Examined
+    from lightning_ft.data.quality.findings import Finding
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

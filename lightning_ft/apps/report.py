@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from lightning_ft.data.quality import Finding
+    from lightning_ft.data.quality.findings import Finding
 
 console = Console(highlight=False)
 

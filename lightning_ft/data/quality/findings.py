@@ -74,7 +74,7 @@ class Finding:
 
     Attributes:
         kind: one of :data:`KINDS`.
-        severity: of an error's rows at least one is wrong, or misleads; of a warning's it may be; a note is good to know.
+        severity: an error is wrong or misleads for sure, a warning may; a note is good to know.
         split: where.
         rows: the rows, counted from 1; none where it's about the split as a whole.
         message: what, and what to do about it.
