@@ -1,1 +1,4 @@
-"""The command line: ``lightning-ft train | evaluate | predict | compare | merge | export``. The only users of Hydra."""
+"""The command line: ``lightning-ft train | evaluate | predict | check | compare | merge | export``.
+
+The only users of Hydra.
+"""

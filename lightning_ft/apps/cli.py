@@ -16,6 +16,7 @@ APPS = {
     "train": "fine-tune a model; writes a run folder",
     "evaluate": "score a run's adapter on a test split",
     "predict": "classify texts with a run's adapter",
+    "check": "look for faults in data, and write a cleaned copy",
     "compare": "fine-tune by several methods, and compare them",
     "merge": "write a run as a plain Hugging Face model",
     "export": "write a run's adapter as a PEFT folder, to share or upload",
@@ -28,6 +29,7 @@ _QUOTED = (
     "out",
     "data.path",
     "model.name",
+    "check.fix",
 )  # values that may hold what Hydra's grammar uses
 
 
@@ -72,6 +74,8 @@ def _quote(argument: str) -> str:
     What is typed is what the app gets; but ``[a,b]`` is a list, and ``null`` nothing.
     """
     key, equals, value = argument.partition("=")
+    if key == "check.fail_on" and "," in value and value[0] != "[":  # to Hydra's grammar that would be a sweep
+        return f"{key}=[{value}]"
     if not equals or key not in _QUOTED or value in ("", "null") or (value[0] == "[" and value[-1] == "]"):
         return argument
     if key == "text":  # backslashes mean something before an interpolation too

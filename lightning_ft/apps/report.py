@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from rich import progress
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -15,9 +16,13 @@ from rich.text import Text
 
 from lightning_ft.tasks.task import score_of
 
+if TYPE_CHECKING:
+    from lightning_ft.data.quality.findings import Finding
+
 console = Console(highlight=False)
 
 _CODES, _BAR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), re.compile(r"\|[^|]*\|")
+_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
 _QUIET_FOR = 30.0  # seconds, where nothing can be drawn over
 
 
@@ -136,6 +141,29 @@ def task_table(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]])
     for row in rows:
         table.add_row(*(_cell(value, ".3f") for value in row))
     return table
+
+
+def findings_table(findings: Sequence[Finding], rows: Mapping[str, int], data: str) -> Table:
+    """What a check found, the worst first."""
+    sizes = ", ".join(f"{split} {count:,}" for split, count in rows.items())
+    table = Table(title=escape(f"Check of {data}: {sizes} rows"), title_justify="left", show_lines=True)
+    table.add_column("")
+    table.add_column("split")
+    table.add_column("what", overflow="fold")
+    for finding in findings:
+        said = Text(finding.message)
+        for example in finding.examples[:3]:
+            said.append(f"\n  {example}", style="dim")
+        kind = Text(finding.kind.replace("_", " "), style=_STYLES[finding.severity])
+        table.add_row(Text.assemble(kind, f"\n{finding.severity}"), Text(finding.split), said)
+    if not findings:
+        table.add_row("", "", "Nothing was found.")
+    return table
+
+
+def track(what: str, items: Sequence[Any]) -> Iterable[Any]:
+    """Go through items, showing how far it is on a terminal; a few that are soon done aren't worth it."""
+    yield from progress.track(items, what, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _cell(value: Any, form: str = ".2f") -> Text:

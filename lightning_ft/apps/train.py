@@ -33,7 +33,8 @@ def train(config: DictConfig) -> float:
     """One run; its folder is Hydra's output directory (:mod:`lightning_ft.apps.runs`).
 
     Raises:
-        RequestError: before anything is trained, if a value is out of its range, or the folder holds a run.
+        RequestError: before anything is trained, if a value is out of its range, the folder holds a run, or the data
+            have what ``check.fail_on`` names.
     """
     import os
     from pathlib import Path
@@ -43,6 +44,7 @@ def train(config: DictConfig) -> float:
 
     from lightning_ft import save_adapter
     from lightning_ft.apps import build, latency, report, runs
+    from lightning_ft.apps.check import before_training
     from lightning_ft.reporting import log_folder
 
     folder, name = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().runtime.choices["method"]
@@ -52,6 +54,8 @@ def train(config: DictConfig) -> float:
     L.seed_everything(config.seed, verbose=False)
     log.info("Base: %s", config.model.name)  # before the data, whose tokenizer is the model's
     data, method = build.datamodule(config), build.method(config)
+    if config.check.before_training:
+        before_training(config, data)
     module = build.finetuner(config, data.facts)
     trainer, efficiency = _trainer(config, method)
     runs.save_config(folder, config, data.facts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from datasets import ClassLabel, Dataset
 
@@ -27,8 +27,14 @@ class Columns(NamedTuple):
     label: Any
 
 
+LabelKind = Literal["class", "classes", "number", "tags", "text"]
+"""What a label is: one class, several classes, a number, a tag for each word, or a text of its own."""
+
+
 class Target(ABC):
     """What is to be learned of a row. Of a split, rows are counted from 1 in messages."""
+
+    label_kind: ClassVar[LabelKind] = "class"
 
     @abstractmethod
     def check(self, rows: Dataset, columns: Columns, where: str) -> None:

@@ -95,9 +95,9 @@ REFUSED: list[tuple[str, bool, str]] = [
     ("cloned", True, "holds more than lightning-ft writes (.git, README.md, old)"),
     ("file", True, "is a file"),
     ("file/inside", True, "isn't a folder that you may write to"),
-    (".", True, "is or holds the run, its base, or where you are"),
-    ("../elsewhere", True, "is or holds the run, its base, or where you are"),
-    ("needed", True, "is or holds the run, its base, or where you are"),
+    (".", True, "is or holds the run, its base, the data, or where you are"),
+    ("../elsewhere", True, "is or holds the run, its base, the data, or where you are"),
+    ("needed", True, "is or holds the run, its base, the data, or where you are"),
 ]
 
 
