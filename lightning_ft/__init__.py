@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_ft.bank import AdapterBank
     from lightning_ft.callbacks.efficiency import Efficiency
     from lightning_ft.callbacks.finetuning import FineTuning
+    from lightning_ft.data.mixing import MultiTaskDataModule
     from lightning_ft.data.module import TextDataModule
     from lightning_ft.injection import InjectionError
     from lightning_ft.methods.adalora import AdaLoRA
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lightning_ft.methods.prompt import PromptTuning, PTuning
     from lightning_ft.tasks.classification import Classification
     from lightning_ft.tasks.finetuner import FineTuner
+    from lightning_ft.tasks.multitask import MultiTask
 
 _HOMES = {
     "AdaLoRA": "lightning_ft.methods.adalora",
@@ -49,6 +51,8 @@ _HOMES = {
     "InjectionError": "lightning_ft.injection",
     "LayerNormTuning": "lightning_ft.methods.layernorm",
     "LoRA": "lightning_ft.methods.lora",
+    "MultiTask": "lightning_ft.tasks.multitask",
+    "MultiTaskDataModule": "lightning_ft.data.mixing",
     "PTuning": "lightning_ft.methods.prompt",
     "PrefixTuning": "lightning_ft.methods.prefix",
     "PromptTuning": "lightning_ft.methods.prompt",
@@ -67,7 +71,7 @@ __all__ = [  # noqa: RUF022 - by use
     "TopLayers", "GradualUnfreezing", "FullFineTuning", "HeadOnly", "FineTuning",
     "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "drop_adapters",
     "InjectionError",
-    "FineTuner", "Classification", "TextDataModule", "Efficiency",
+    "FineTuner", "Classification", "MultiTask", "TextDataModule", "MultiTaskDataModule", "Efficiency",
 ]  # fmt: skip
 
 

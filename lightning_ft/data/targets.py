@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from datasets import ClassLabel, Dataset
@@ -125,6 +125,75 @@ class Classes(Target):
     def describe(self, facts: Facts) -> str:
         """The labels."""
         return f"labels {', '.join(facts['labels'][:20])}"
+
+
+class Several(Target):
+    """Several things to be learned of each text; the column of each is named under its name. Its task is MultiTask.
+
+    Args:
+        targets: by the names of the tasks. Each has one label a text.
+    """
+
+    label_kind = "text"
+
+    def __init__(self, targets: Mapping[str, Target]) -> None:
+        self.targets = dict(targets)
+
+    def check(self, rows: Dataset, columns: Columns, where: str) -> None:
+        """What each of them needs."""
+        for _, target, own in self._each(columns):
+            target.check(rows, own, where)
+
+    def facts(self, rows: Dataset, columns: Columns, where: str) -> dict[str, Any]:
+        """``tasks``: the facts of each, by its name."""
+        return {"tasks": {name: target.facts(rows, own, where) for name, target, own in self._each(columns)}}
+
+    def check_known(self, rows: Dataset, columns: Columns, facts: Facts, where: str) -> None:
+        """That each of them knows what it meets."""
+        for name, target, own in self._each(columns):
+            target.check_known(rows, own, facts["tasks"][name], where)
+
+    def strata(self, rows: Dataset, columns: Columns) -> list[str] | None:
+        """Those of the first that has any."""
+        found = (target.strata(rows, own) for _, target, own in self._each(columns))
+        return next((strata for strata in found if strata is not None), None)
+
+    def labels(self, rows: Dataset, columns: Columns, facts: Facts) -> list[dict[str, Any]]:
+        """The labels of each row, by name."""
+        each = {name: target.labels(rows, own, facts["tasks"][name]) for name, target, own in self._each(columns)}
+        return [dict(zip(each, row, strict=True)) for row in zip(*each.values(), strict=True)]
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """As each of them does it; ``labels`` are by name."""
+        collators = {name: target.collator(tokenizer) for name, target in self.targets.items()}
+
+        def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+            inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
+            if any("labels" not in row for row in rows):
+                return next(iter(collators.values()))(inputs)
+            batches = {
+                name: collator(
+                    [{**given, "labels": row["labels"][name]} for given, row in zip(inputs, rows, strict=True)]
+                )
+                for name, collator in collators.items()
+            }
+            last = next(iter(batches.values()))
+            return {**last, "labels": {name: batch["labels"] for name, batch in batches.items()}}
+
+        return collate
+
+    def describe(self, facts: Facts) -> str:
+        """Each of them."""
+        return "; ".join(f"{name}: {t.describe(facts['tasks'][name])}".rstrip(": ") for name, t in self.targets.items())
+
+    def _each(self, columns: Columns) -> Iterator[tuple[str, Target, Columns]]:
+        if not isinstance(columns.label, Mapping) or set(columns.label) != set(self.targets):
+            raise DataError(
+                f"data.label must name the column of each task, {{{', '.join(f'{n}: COLUMN' for n in self.targets)}}},"
+                f" not {columns.label}."
+            )
+        for name, target in self.targets.items():
+            yield name, target, Columns(columns.text, columns.label[name])
 
 
 def mapped(rows: Dataset, encode: Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]]) -> Dataset:

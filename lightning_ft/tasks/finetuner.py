@@ -74,6 +74,10 @@ class FineTuner(L.LightningModule):
         """The task's predictions, one a row."""
         return self.task.predict(self.model, batch)
 
+    def on_train_epoch_end(self) -> None:
+        """Tell the task."""
+        self.task.end_epoch()
+
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
         self._log_scores("val")
@@ -105,6 +109,9 @@ class FineTuner(L.LightningModule):
         self.log(f"{stage}/loss", self.task.loss(outputs, labels), batch_size=self.task.count(labels))
 
     def _log_scores(self, stage: str) -> None:
+        if self.trainer.sanity_checking:  # of a few batches, whose scores mean nothing
+            self.task.reset(stage)
+            return
         scores = {f"{stage}/{name}": value for name, value in self.task.scores(stage).items()}
         self.log_dict(scores, prog_bar=stage == "val")
         self.task.reset(stage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -27,6 +27,9 @@ class Task(nn.Module, ABC):
     :class:`lightning_ft.data.targets.Target` that made them. ``stage`` is ``"val"`` or ``"test"``.
     """
 
+    likelihood_factor: ClassVar[float] = 1.0
+    """The negative log likelihood, where the noise is 1, over the loss: 1/2 for a squared error."""
+
     @abstractmethod
     def build(self, name: str) -> PreTrainedModel:
         """The pretrained model with a new head; errors as of :func:`lightning_ft.tasks.pretrained.load_pretrained`."""
@@ -42,6 +45,9 @@ class Task(nn.Module, ABC):
     def count(self, labels: Any) -> int:
         """Of how many things the loss of a batch is the mean."""
         return len(labels)
+
+    def end_epoch(self) -> None:
+        """Hear that an epoch of training ends."""
 
     @abstractmethod
     def update(self, stage: str, outputs: Any, labels: Any) -> None:

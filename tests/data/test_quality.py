@@ -326,7 +326,9 @@ def test_what_is_learned_apart_is_one_label_of_its_text() -> None:
 
 
 def test_of_a_chat_the_messages_are_the_text_and_there_need_be_no_label() -> None:
-    rows = Dataset.from_dict({"messages": [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]]})
+    rows = Dataset.from_dict(
+        {"messages": [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]]}
+    )
     found = rows_of({"train": rows}, Classes(), Columns("messages", None))["train"]
     assert (list(found.texts), list(found.labels)) == (["hi\nyo"], [None])
 
