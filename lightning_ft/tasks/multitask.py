@@ -160,6 +160,7 @@ class MultiTask(Task):
             setattr(model, model.base_model_prefix, self._given)
             children = {n: child for n, child in model.named_children() if child is not self._given}
             self.heads[key] = nn.ModuleDict(children)
+        self.heads.train()  # from_pretrained gives all in eval mode
         self._headed = models
         return trunk
 

@@ -88,12 +88,14 @@ def test_outputs_and_gradients_are_those_of_a_model_for_each_task(tiny_bert_dir:
 def test_the_trunk_runs_once_and_its_outputs_are_not_kept(tiny_bert_dir: str) -> None:
     module, batch, runs = make_module(tiny_bert_dir), make_batch(), []
     module.model.register_forward_hook(lambda *_: runs.append(1))
-    module.training_step(batch, 0)
-    module.predict_step(batch, 0)
+    module.task.loss(module(**inputs_of(batch)), batch["labels"]).backward()
+    with torch.no_grad():
+        module.predict_step(batch, 0)
     assert len(runs) == 2
     assert copy.deepcopy(module.task) is not module.task, "a graph would not be copied"
 
 
+@torch.no_grad()
 def test_predictions_are_each_tasks_own(tiny_bert_dir: str) -> None:
     module, batch = make_module(tiny_bert_dir).eval(), make_batch()
     models = apart(module)
