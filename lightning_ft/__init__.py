@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.finetuning import FineTuning
     from lightning_ft.data.mixing import MultiTaskDataModule
     from lightning_ft.data.module import TextDataModule
+    from lightning_ft.data.tags import Tags
     from lightning_ft.injection import InjectionError
     from lightning_ft.methods.adalora import AdaLoRA
     from lightning_ft.methods.adapter import Adapter, drop_adapters
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from lightning_ft.tasks.classification import Classification
     from lightning_ft.tasks.finetuner import FineTuner
     from lightning_ft.tasks.multitask import MultiTask
+    from lightning_ft.tasks.tagging import TokenClassification
 
 _HOMES = {
     "AdaLoRA": "lightning_ft.methods.adalora",
@@ -56,7 +58,9 @@ _HOMES = {
     "PTuning": "lightning_ft.methods.prompt",
     "PrefixTuning": "lightning_ft.methods.prefix",
     "PromptTuning": "lightning_ft.methods.prompt",
+    "Tags": "lightning_ft.data.tags",
     "TextDataModule": "lightning_ft.data.module",
+    "TokenClassification": "lightning_ft.tasks.tagging",
     "TopLayers": "lightning_ft.methods.freezing",
     "drop_adapters": "lightning_ft.methods.adapter",
     "load_adapter": "lightning_ft.adapters",
@@ -72,6 +76,7 @@ __all__ = [  # noqa: RUF022 - by use
     "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "drop_adapters",
     "InjectionError",
     "FineTuner", "Classification", "MultiTask", "TextDataModule", "MultiTaskDataModule", "Efficiency",
+    "TokenClassification", "Tags",
 ]  # fmt: skip
 
 

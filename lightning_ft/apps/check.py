@@ -151,7 +151,7 @@ def _read(data: TextDataModule) -> tuple[dict[str, Dataset], dict[str, Rows]]:
     from lightning_ft.data.quality.findings import rows_of
     from lightning_ft.data.sources import read
 
-    raw = read(data.path, data.encoding)
+    raw = read(data.path, data.encoding, data.format)
     return raw, rows_of(raw, data.target, data.columns, str(data.path))
 
 

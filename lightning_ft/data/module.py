@@ -39,7 +39,8 @@ class TextDataModule(L.LightningDataModule):
         max_length: longer texts are cut to this many tokens; by default what the model takes, at most 512.
         batch_size: in training; evaluation uses twice as many.
         num_workers: processes that make batches; 0 is best for texts, which are tokenised beforehand.
-        encoding: of CSV, TSV and JSONL files.
+        encoding: of CSV, TSV, JSONL and CoNLL files.
+        format: what files are whose ending doesn't say it, e.g. ``"conll"``.
 
     Attributes:
         reserved: positions to leave free where ``max_length`` isn't given, for the virtual tokens of a soft prompt.
@@ -63,11 +64,12 @@ class TextDataModule(L.LightningDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
         encoding: str = "utf-8",
+        format: str | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
-        self.path, self.columns, self.encoding = path, Columns(text, label), encoding
+        self.path, self.columns, self.encoding, self.format = path, Columns(text, label), encoding, format
         self.target = target or Classes()
         self.validation, self.test, self.seed = validation, test, seed
         self.max_length, self.batch_size, self.num_workers = max_length, batch_size, num_workers
@@ -111,12 +113,14 @@ class TextDataModule(L.LightningDataModule):
         if self._splits:
             return
         source = str(self.path)
-        raw = read(self.path, self.encoding)
+        raw = read(self.path, self.encoding, self.format)
         check(raw, self.target, self.columns, source)
         raw = complete(
             raw, partial(self.target.strata, columns=self.columns), self.validation, self.test, self.seed, source
         )
         self._facts = self.target.facts(raw["train"], self.columns, source)  # of what is left of it
+        for split, rows in raw.items():
+            self.target.check_known(rows, self.columns, self._facts, f"{source}, {split}")
         self._splits = {split: self._encode(rows, self._facts) for split, rows in raw.items()}
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in self._splits.items())
         log.info("%s: %s rows; %s", source, sizes, self.target.describe(self._facts))
@@ -139,7 +143,7 @@ class TextDataModule(L.LightningDataModule):
         Args:
             facts: those of the training.
         """
-        raw = read(self.path, self.encoding)
+        raw = read(self.path, self.encoding, self.format)
         rows = raw.get("test") or raw[next(iter(raw))]
         check({"test": rows}, self.target, self.columns, str(self.path), facts)
         return self._loader(self._encode(rows, facts), 2 * self.batch_size, None)

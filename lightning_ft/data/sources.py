@@ -17,8 +17,15 @@ from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is
 from lightning_ft.errors import UserError
 
 SPLITS = ("train", "validation", "test")
-_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_ALIASES = dict.fromkeys(("valid", "val", "dev", "devel", "eval"), "validation")
+_BUILDERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".conll": "conll",
+}
 _BUNDLED = Path(__file__).parent / "bundled"
 
 
@@ -26,18 +33,24 @@ class DataError(UserError):
     """The data can't be used as it is; the message names the file, the row or column, and the cure."""
 
 
-def read(path: str | Path | Mapping[str, str | Path], encoding: str = "utf-8") -> dict[str, Dataset]:
+def read(
+    path: str | Path | Mapping[str, str | Path], encoding: str = "utf-8", format: str | None = None
+) -> dict[str, Dataset]:
     """The splits at ``path``.
 
     Args:
-        path: a file (CSV, TSV, JSONL, Parquet) as the single split ``train``; a folder of files named after
+        path: a file (CSV, TSV, JSONL, Parquet, CoNLL) as the single split ``train``; a folder of files named after
             their splits; a mapping of split to file; ``bundled:NAME`` for data that comes with the package;
             or a name on the Hugging Face hub.
-        encoding: of CSV, TSV and JSONL files.
+        encoding: of CSV, TSV, JSONL and CoNLL files.
+        format: what files are whose ending doesn't say it: ``"conll"``, or another of the endings known.
 
     Raises:
         DataError: if a file is missing, empty or can't be parsed, or nothing is found.
     """
+    if format is not None and f".{format}" not in _BUILDERS:
+        known = ", ".join(ending[1:] for ending in _BUILDERS)
+        raise DataError(f"'{format}' is no format of data; known are {known}.")
     if isinstance(path, Mapping):
         files: dict[str, Path] = {}
         for name, file in path.items():
@@ -45,14 +58,14 @@ def read(path: str | Path | Mapping[str, str | Path], encoding: str = "utf-8") -
             if split in files:
                 raise DataError(f"Two files are given for {split}: '{files[split]}' and '{file}'.")
             files[split] = Path(file)
-        return {split: _read_file(file, encoding) for split, file in files.items()}
+        return {split: _read_file(file, encoding, format) for split, file in files.items()}
     if str(path).startswith("bundled:"):
         return _read_folder(_bundled(str(path).removeprefix("bundled:")), encoding)
     local = Path(path).expanduser()
     if local.is_dir():
-        return _read_folder(local, encoding)
+        return _read_folder(local, encoding, format)
     if local.is_file() or local.suffix.lower() in _BUILDERS or local.is_absolute() or str(path).startswith("."):
-        return {"train": _read_file(local, encoding)}
+        return {"train": _read_file(local, encoding, format)}
     return _read_hub(str(path))
 
 
@@ -116,11 +129,11 @@ def _bundled(name: str) -> Path:
     return folder
 
 
-def _read_folder(folder: Path, encoding: str) -> dict[str, Dataset]:
+def _read_folder(folder: Path, encoding: str, format: str | None = None) -> dict[str, Dataset]:
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
         split = _ALIASES.get(file.stem, file.stem)
-        if split in SPLITS and file.suffix.lower() in _BUILDERS:
+        if split in SPLITS and (format or file.suffix.lower() in _BUILDERS):
             if split in found:
                 raise DataError(f"'{folder}' has two files for {split}: {found[split].name} and {file.name}.")
             found[split] = file
@@ -130,34 +143,90 @@ def _read_folder(folder: Path, encoding: str) -> dict[str, Dataset]:
             f"'{folder}' holds no train file: expected train, validation and test with one of the endings"
             f" {', '.join(_BUILDERS)}; it holds {there}."
         )
-    return {split: _read_file(found[split], encoding) for split in SPLITS if split in found}
+    return {split: _read_file(found[split], encoding, format) for split in SPLITS if split in found}
 
 
-def _read_file(file: Path, encoding: str) -> Dataset:
+def _read_file(file: Path, encoding: str, format: str | None) -> Dataset:
     file = file.expanduser()
     if not file.is_file():
         near = _did_you_mean(file.name, [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else [])
         raise DataError(f"There is no file '{file}'.{near}")
-    builder = _BUILDERS.get(file.suffix.lower())
+    ending = f".{format}" if format else file.suffix.lower()
+    builder = _BUILDERS.get(ending)
     if builder is None:
-        raise DataError(f"'{file}' has an ending that isn't known; known are {', '.join(_BUILDERS)}.")
+        raise DataError(
+            f"'{file}' has an ending that isn't known; known are {', '.join(_BUILDERS)}. Of another: data.format=..."
+        )
     if file.stat().st_size == 0:
         raise DataError(f"'{file}' is empty.")
     options: dict[str, Any] = {}
     if builder != "parquet":
         _check_encoding(file, encoding)
         options["encoding"] = encoding
+    if builder == "conll":
+        return _read_conll(file, encoding)
     if builder == "csv":
         # "NA", "null" and "None" are words a text may consist of.
-        options |= {"sep": "\t" if file.suffix.lower() == ".tsv" else ",", "keep_default_na": False}
+        options |= {"sep": "\t" if ending == ".tsv" else ",", "keep_default_na": False}
     try:
         with quiet_bars(0):
             rows = load_dataset(builder, data_files=str(file), split="train", **options)
     except Exception as error:  # `datasets` wraps every parser's own
-        raise DataError(_why_unreadable(file, error)) from error
+        raise DataError(_why_unreadable(file, builder, error)) from error
     if len(rows) == 0:
         raise DataError(f"'{file}' holds no rows.")
     return rows
+
+
+def _read_conll(file: Path, encoding: str) -> Dataset:
+    """The sentences of a CoNLL file: ``words``, the first fields of its lines, and ``tags``, the last ones.
+
+    Fields are divided by tabs where the first line has one, else by spaces. Blank lines and ``-DOCSTART-`` end a
+    sentence; a line that begins with ``#`` and doesn't have the fields of a word is a comment.
+    """
+    sentences: list[list[list[str]]] = [[]]
+    first_lines: dict[str, int] = {}
+    divider, width = " +", 0
+    with file.open(encoding=encoding) as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.lstrip("\ufeff").rstrip("\n")
+            if not line.strip() or line.startswith("-DOCSTART-"):
+                sentences.append([])
+                continue
+            if not width and not line.startswith("#"):
+                divider = "\t" if "\t" in line else divider
+                width = max(2, len(re.split(divider, line.strip(" "))))
+            fields = [field.strip() for field in re.split(divider, line.strip(" "))]
+            if len(fields) != width and line.startswith("#"):
+                continue
+            if len(fields) != width or not fields[0] or not fields[-1]:
+                raise DataError(
+                    f"'{file}', line {number}: {line!r} isn't a word, a tag and what is between them, {width} fields"
+                    f" divided by {'tabs' if divider != ' +' else 'spaces'}. Sentences are divided by blank lines."
+                )
+            sentences[-1].append(fields)
+            first_lines.setdefault(fields[-1], number)
+    stray = strays(first_lines)
+    if stray:
+        raise DataError(
+            f"'{file}', line {first_lines[stray[0]]}: '{stray[0]}' isn't O, nor does it begin with B- or I- as other"
+            " tags do. Correct it."
+        )
+    filled = [sentence for sentence in sentences if sentence]
+    if not filled:
+        raise DataError(f"'{file}' holds no rows.")
+    return Dataset.from_dict({name: [[f[i] for f in s] for s in filled] for name, i in (("words", 0), ("tags", -1))})
+
+
+PREFIXED = re.compile("([BIESLU])-(.+)")
+"""A tag of an entity: its place there in BIO, BIOES or BILOU, and the type."""
+
+
+def strays(tags: Iterable[str]) -> list[str]:
+    """Those tags that are neither ``O`` nor of an entity, where others are; none where none is of an entity."""
+    given = list(tags)
+    others = [tag for tag in given if tag != "O" and not PREFIXED.fullmatch(tag)]
+    return others if any(map(PREFIXED.fullmatch, given)) else []
 
 
 def _check_encoding(file: Path, encoding: str) -> None:
@@ -182,7 +251,7 @@ def _check_encoding(file: Path, encoding: str) -> None:
         ) from error
 
 
-def _why_unreadable(file: Path, error: BaseException) -> str:
+def _why_unreadable(file: Path, builder: str, error: BaseException) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -191,7 +260,7 @@ def _why_unreadable(file: Path, error: BaseException) -> str:
         return f"'{file}' holds no rows."
     # The parsers count rows from 0.
     reason = re.sub(r"\brow (\d+)", lambda match: f"line {int(match[1]) + 1}", reason)
-    return f"'{file}' can't be read as {_BUILDERS[file.suffix.lower()].upper()}: {reason}"
+    return f"'{file}' can't be read as {builder.upper()}: {reason}"
 
 
 def _read_hub(name: str) -> dict[str, Dataset]:

@@ -104,25 +104,8 @@ class Classification(Task):
         return {"per_class": (["label", "precision", "recall", "f1", "examples"], rows)}
 
     def pictures(self, stage: str) -> dict[str, Figure]:
-        """The confusion matrix: a row a true label, a column a predicted one, shaded by the share of the row."""
-        from matplotlib.figure import Figure
-
-        counts = self._of(stage).compute()["confusion"].cpu().numpy()
-        shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-        n = len(self.labels)
-        size = 2.2 + 0.55 * max(n, 3)
-        figure = Figure(figsize=(size + 0.8, size), layout="constrained")
-        axes = figure.add_subplot()
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(range(n), self.labels, rotation=45 if n > 4 else 0, ha="right" if n > 4 else "center")
-        axes.set_yticks(range(n), self.labels)
-        axes.set(xlabel="predicted", ylabel="true")
-        for i in range(n):
-            for j in range(n):
-                color = "white" if shares[i, j] > 0.5 else "black"
-                axes.text(j, i, f"{int(counts[i, j])}", ha="center", va="center", color=color)
-        figure.colorbar(image, ax=axes, label="share of the true label", shrink=0.8)
-        return {"confusion_matrix": figure}
+        """The confusion matrix."""
+        return {"confusion_matrix": confusion_picture(self._of(stage).compute()["confusion"], self.labels)}
 
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         """For each row the label, its probability, and all probabilities."""
@@ -141,6 +124,33 @@ class Classification(Task):
         collection = self.metrics[stage]
         assert isinstance(collection, MetricCollection)
         return collection
+
+
+def confusion_picture(confusion: Tensor, names: Sequence[str]) -> Figure:
+    """A confusion matrix: a row a true label, a column a predicted one, shaded by the share of the row.
+
+    Args:
+        confusion: counts (labels, labels).
+        names: of the labels.
+    """
+    from matplotlib.figure import Figure
+
+    counts = confusion.cpu().numpy()
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    n = len(names)
+    size = 2.2 + 0.55 * max(n, 3)
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(n), names, rotation=45 if n > 4 else 0, ha="right" if n > 4 else "center")
+    axes.set_yticks(range(n), names)
+    axes.set(xlabel="predicted", ylabel="true")
+    for i in range(n):
+        for j in range(n):
+            color = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{int(counts[i, j])}", ha="center", va="center", color=color)
+    figure.colorbar(image, ax=axes, label="share of the true label", shrink=0.8)
+    return figure
 
 
 def _metrics(classes: int) -> MetricCollection:

@@ -93,6 +93,9 @@ class Score(NamedTuple):
 SCORES = {
     "accuracy": Score("accuracy"),
     "f1": Score("macro F1"),
+    "entity_f1": Score("entity F1"),
+    "entity_precision": Score("entity precision"),
+    "entity_recall": Score("entity recall"),
     "loss": Score("loss", percent=False, better="min"),
 }
 """Every score that a task may give."""
