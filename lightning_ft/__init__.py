@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from lightning_ft.methods.prompt import PromptTuning, PTuning
     from lightning_ft.tasks.classification import Classification
     from lightning_ft.tasks.finetuner import FineTuner
+    from lightning_ft.tasks.multilabel import MultiLabelClassification
+    from lightning_ft.tasks.ordinal import Ordinal
+    from lightning_ft.tasks.regression import Regression
 
 _HOMES = {
     "AdaLoRA": "lightning_ft.methods.adalora",
@@ -49,9 +52,12 @@ _HOMES = {
     "InjectionError": "lightning_ft.injection",
     "LayerNormTuning": "lightning_ft.methods.layernorm",
     "LoRA": "lightning_ft.methods.lora",
+    "MultiLabelClassification": "lightning_ft.tasks.multilabel",
+    "Ordinal": "lightning_ft.tasks.ordinal",
     "PTuning": "lightning_ft.methods.prompt",
     "PrefixTuning": "lightning_ft.methods.prefix",
     "PromptTuning": "lightning_ft.methods.prompt",
+    "Regression": "lightning_ft.tasks.regression",
     "TextDataModule": "lightning_ft.data.module",
     "TopLayers": "lightning_ft.methods.freezing",
     "drop_adapters": "lightning_ft.methods.adapter",
@@ -67,7 +73,8 @@ __all__ = [  # noqa: RUF022 - by use
     "TopLayers", "GradualUnfreezing", "FullFineTuning", "HeadOnly", "FineTuning",
     "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "drop_adapters",
     "InjectionError",
-    "FineTuner", "Classification", "TextDataModule", "Efficiency",
+    "FineTuner", "Classification", "MultiLabelClassification", "Ordinal", "Regression",
+    "TextDataModule", "Efficiency",
 ]  # fmt: skip
 
 

@@ -28,6 +28,7 @@ _QUOTED = (
     "out",
     "data.path",
     "model.name",
+    "data.target.separator",
 )  # values that may hold what Hydra's grammar uses
 
 

@@ -141,6 +141,8 @@ def task_table(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]])
 def _cell(value: Any, form: str = ".2f") -> Text:
     if isinstance(value, float):
         return Text(format(value, form))
+    if value is None:
+        return Text("")
     return Text(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
 
 
