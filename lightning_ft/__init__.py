@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from lightning_ft.methods.prompt import PromptTuning, PTuning
     from lightning_ft.tasks.classification import Classification
     from lightning_ft.tasks.finetuner import FineTuner
+    from lightning_ft.tasks.multilabel import MultiLabelClassification
     from lightning_ft.tasks.multitask import MultiTask
+    from lightning_ft.tasks.ordinal import Ordinal
+    from lightning_ft.tasks.regression import Regression
     from lightning_ft.tasks.tagging import TokenClassification
 
 _HOMES = {
@@ -53,11 +56,14 @@ _HOMES = {
     "InjectionError": "lightning_ft.injection",
     "LayerNormTuning": "lightning_ft.methods.layernorm",
     "LoRA": "lightning_ft.methods.lora",
+    "MultiLabelClassification": "lightning_ft.tasks.multilabel",
     "MultiTask": "lightning_ft.tasks.multitask",
     "MultiTaskDataModule": "lightning_ft.data.mixing",
+    "Ordinal": "lightning_ft.tasks.ordinal",
     "PTuning": "lightning_ft.methods.prompt",
     "PrefixTuning": "lightning_ft.methods.prefix",
     "PromptTuning": "lightning_ft.methods.prompt",
+    "Regression": "lightning_ft.tasks.regression",
     "Tags": "lightning_ft.data.tags",
     "TextDataModule": "lightning_ft.data.module",
     "TokenClassification": "lightning_ft.tasks.tagging",
@@ -76,7 +82,7 @@ __all__ = [  # noqa: RUF022 - by use
     "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "drop_adapters",
     "InjectionError",
     "FineTuner", "Classification", "MultiTask", "TextDataModule", "MultiTaskDataModule", "Efficiency",
-    "TokenClassification", "Tags",
+    "TokenClassification", "Tags", "MultiLabelClassification", "Ordinal", "Regression",
 ]  # fmt: skip
 
 

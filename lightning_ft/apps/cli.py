@@ -30,6 +30,7 @@ _QUOTED = (
     "data.path",
     "model.name",
     "check.fix",
+    "data.target.separator",
 )  # values that may hold what Hydra's grammar uses
 
 

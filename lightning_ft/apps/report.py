@@ -169,6 +169,8 @@ def track(what: str, items: Sequence[Any]) -> Iterable[Any]:
 def _cell(value: Any, form: str = ".2f") -> Text:
     if isinstance(value, float):
         return Text(format(value, form))
+    if value is None:
+        return Text("")
     return Text(", ".join(map(_said, value)) if isinstance(value, (list, tuple)) else str(value))
 
 

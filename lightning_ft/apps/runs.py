@@ -127,6 +127,7 @@ def card_facts(config: DictConfig, results: Mapping[str, Any]) -> Facts:
         "settings": {key: value for key, value in _plain(config.method).items() if key != "_target_"},
         "training": _training(config, results),
         **{key: results.get(key) for key in ("method", "parameters", "trained", "rows", "versions")},
+        **results.get("card", {}),
     }
     if isinstance(data := _plain(config.data.path), str):
         local = data.startswith("bundled:") or Path(data).is_absolute() or Path(data).exists()

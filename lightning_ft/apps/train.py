@@ -88,6 +88,7 @@ def train(config: DictConfig) -> float:
         "steps": steps,
         "epochs": epochs,
         "latency": None,
+        "card": module.task.card(),
     }
     card = runs.card_facts(runs.load_config(folder), results)
     adapter = save_adapter(module, folder / runs.ADAPTER, method.backbone, card)

@@ -120,7 +120,7 @@ class TextDataModule(L.LightningDataModule):
         )
         self._facts = self.target.facts(raw["train"], self.columns, source)  # of what is left of it
         for split, rows in raw.items():
-            self.target.check_known(rows, self.columns, self._facts, f"{source}, {split}")
+            self.target.check_known(rows, self.columns, self._facts, f"{source}, {split}, as it was split")
         self._splits = {split: self._encode(rows, self._facts) for split, rows in raw.items()}
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in self._splits.items())
         log.info("%s: %s rows; %s", source, sizes, self.target.describe(self._facts))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_ft.tasks.classification import confusion_picture
+from lightning_ft.reporting import confusion_matrix
 from lightning_ft.tasks.pretrained import load_pretrained
 from lightning_ft.tasks.task import Batch, Table, Task, inputs_and_labels
 
@@ -190,7 +190,7 @@ class TokenClassification(Task):
     def pictures(self, stage: str) -> dict[str, Figure]:
         """The confusion matrix of words by the type of entity that they are in."""
         metric = self._of(stage)
-        return {"confusion_matrix": confusion_picture(metric.compute()["words"], [*metric.types, "none"])}
+        return {"confusion_matrix": confusion_matrix(metric.compute()["words"].cpu().numpy(), [*metric.types, "none"])}
 
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         """For each row the entities: text, type, start and end in the text; the score is the mean of its words'."""

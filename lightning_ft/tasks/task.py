@@ -73,9 +73,16 @@ class Task(nn.Module, ABC):
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         """For each row of a batch, what the model makes of it, in plain values."""
 
+    compared: str = "probability"
+    """What one of :meth:`values` is called."""
+
     def values(self, outputs: Any) -> Tensor:
         """The numbers by which two models are compared: probabilities (rows, ...)."""
         return outputs.float().softmax(dim=-1)
+
+    def card(self) -> dict[str, Any]:
+        """What a model card says of the head, beside its labels, under keys of ``lightning_ft.files.card.Facts``."""
+        return {}
 
 
 class Score(NamedTuple):
@@ -96,6 +103,14 @@ SCORES = {
     "entity_f1": Score("entity F1"),
     "entity_precision": Score("entity precision"),
     "entity_recall": Score("entity recall"),
+    "f1_micro": Score("micro F1"),
+    "average_precision": Score("mAP"),
+    "recall_at_precision": Score("recall at fixed precision"),
+    "qwk": Score("QWK", percent=False),
+    "mae": Score("MAE", percent=False, better="min"),
+    "rmse": Score("RMSE", percent=False, better="min"),
+    "r2": Score("R²", percent=False),
+    "spearman": Score("Spearman", percent=False),
     "loss": Score("loss", percent=False, better="min"),
 }
 """Every score that a task may give."""
