@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from lightning_ft.methods.prompt import PromptTuning, PTuning
     from lightning_ft.tasks.classification import Classification
     from lightning_ft.tasks.finetuner import FineTuner
+    from lightning_ft.tasks.language import CausalLM, Seq2SeqLM
 
 _HOMES = {
     "AdaLoRA": "lightning_ft.methods.adalora",
     "Adapter": "lightning_ft.methods.adapter",
     "AdapterBank": "lightning_ft.bank",
     "BitFit": "lightning_ft.methods.bitfit",
+    "CausalLM": "lightning_ft.tasks.language",
     "Classification": "lightning_ft.tasks.classification",
     "Efficiency": "lightning_ft.callbacks.efficiency",
     "FineTuner": "lightning_ft.tasks.finetuner",
@@ -52,6 +54,7 @@ _HOMES = {
     "PTuning": "lightning_ft.methods.prompt",
     "PrefixTuning": "lightning_ft.methods.prefix",
     "PromptTuning": "lightning_ft.methods.prompt",
+    "Seq2SeqLM": "lightning_ft.tasks.language",
     "TextDataModule": "lightning_ft.data.module",
     "TopLayers": "lightning_ft.methods.freezing",
     "drop_adapters": "lightning_ft.methods.adapter",
@@ -67,7 +70,7 @@ __all__ = [  # noqa: RUF022 - by use
     "TopLayers", "GradualUnfreezing", "FullFineTuning", "HeadOnly", "FineTuning",
     "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "drop_adapters",
     "InjectionError",
-    "FineTuner", "Classification", "TextDataModule", "Efficiency",
+    "FineTuner", "Classification", "CausalLM", "Seq2SeqLM", "TextDataModule", "Efficiency",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 APPS = {
     "train": "fine-tune a model; writes a run folder",
     "evaluate": "score a run's adapter on a test split",
-    "predict": "classify texts with a run's adapter",
+    "predict": "classify or complete texts with a run's adapter",
     "compare": "fine-tune by several methods, and compare them",
     "merge": "write a run as a plain Hugging Face model",
     "export": "write a run's adapter as a PEFT folder, to share or upload",
@@ -28,6 +28,7 @@ _QUOTED = (
     "out",
     "data.path",
     "model.name",
+    "data.target.template",
 )  # values that may hold what Hydra's grammar uses
 
 

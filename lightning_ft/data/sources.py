@@ -18,7 +18,7 @@ from lightning_ft.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 _ALIASES = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 _BUNDLED = Path(__file__).parent / "bundled"
 
 
@@ -30,10 +30,11 @@ def read(path: str | Path | Mapping[str, str | Path], encoding: str = "utf-8") -
     """The splits at ``path``.
 
     Args:
-        path: a file (CSV, TSV, JSONL, Parquet) as the single split ``train``; a folder of files named after
+        path: a file (CSV, TSV, JSONL, Parquet, TXT) as the single split ``train``; a folder of files named after
             their splits; a mapping of split to file; ``bundled:NAME`` for data that comes with the package;
-            or a name on the Hugging Face hub.
-        encoding: of CSV, TSV and JSONL files.
+            or a name on the Hugging Face hub. Of a TXT file each paragraph is a row, which blank lines end: its
+            lines are the column ``text``.
+        encoding: of CSV, TSV, JSONL and TXT files.
 
     Raises:
         DataError: if a file is missing, empty or can't be parsed, or nothing is found.
@@ -147,6 +148,8 @@ def _read_file(file: Path, encoding: str) -> Dataset:
     if builder != "parquet":
         _check_encoding(file, encoding)
         options["encoding"] = encoding
+    if builder == "text":
+        return _paragraphs(file, encoding)
     if builder == "csv":
         # "NA", "null" and "None" are words a text may consist of.
         options |= {"sep": "\t" if file.suffix.lower() == ".tsv" else ",", "keep_default_na": False}
@@ -158,6 +161,14 @@ def _read_file(file: Path, encoding: str) -> Dataset:
     if len(rows) == 0:
         raise DataError(f"'{file}' holds no rows.")
     return rows
+
+
+def _paragraphs(file: Path, encoding: str) -> Dataset:
+    parts = re.split(r"\n(?:[^\S\n]*\n)+", file.read_text(encoding=encoding))
+    texts = [part.strip("\n") for part in parts if part.strip()]
+    if not texts:
+        raise DataError(f"'{file}' holds no rows.")
+    return Dataset.from_dict({"text": texts})
 
 
 def _check_encoding(file: Path, encoding: str) -> None:

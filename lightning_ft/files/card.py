@@ -58,6 +58,8 @@ class Facts(TypedDict, total=False):
     """How many rows each split has."""
     labels: Sequence[str]
     """In the order of their ids."""
+    template: str
+    """How a language model's prompt and completion make a text: ``"{prompt} {completion}"``."""
     scores: Sequence[Score]
     training: Mapping[str, Any]
     """How it was trained, in words of the reader's: ``{"learning rate": 1e-3, "epochs": 3}``."""
@@ -133,6 +135,7 @@ def model_card(config: Mapping[str, Any], parameters: int, library: Library, fac
         f"Fine-tuned with lightning_ft. This folder holds {parameters:,} parameters{_share(known)}.",
         _scores(known.get("scores") or ()),
         "## Loading\n\n" + _loading(library, base, auto_class, known.get("labels"), pools_prompt(config)),
+        _generating(library, base, known.get("template")) if auto_class == "AutoModelForCausalLM" else "",
         *(f"## {title}\n\n{_items(values)}" for title, values in sections.items() if values),
         "## Licence\n\nNone is named yet. Name one in the front matter (`license: ...`) before you share this; those of"
         " the base and of the data may bind you.",
@@ -201,7 +204,7 @@ def _loading(
         )
     model = "model = ...  # the base that it was trained over, with the same head"
     if base and auto_class:
-        source = _literal(base if _is_on_hub(base) else f"path/of/{_last_part(base)}")
+        source = _literal(_source(base))
         model = f"from transformers import {auto_class}\n\n"
         if labels:
             model += f"labels = {_literal(list(labels))}\n"
@@ -221,6 +224,21 @@ def _loading(
     return "\n\n".join(texts)
 
 
+def _generating(library: Library, base: str | None, template: str | None) -> str:
+    folder = "path/of/this/folder" if library == "transformers" else _source(base or "base")
+    prompt = (template or "{prompt}").partition("{completion}")[0].rstrip().replace("{prompt}", "Once upon a time")
+    return "To complete a text:\n\n" + _python(
+        "from transformers import AutoTokenizer\n\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({_literal(folder)})\n"
+        f'inputs = tokenizer({_literal(prompt)}, return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"
+    )
+
+
+def _source(base: str) -> str:
+    return base if _is_on_hub(base) else f"path/of/{_last_part(base)}"
+
+
 def _settings(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     settings = dict(facts.get("settings") or {key: config[key] for key in sorted(config.keys() - _NO_SETTINGS)})
     for fields in settings.pop("methods", ()):
@@ -232,6 +250,7 @@ def _settings(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
 def _data(facts: Facts) -> dict[str, Any]:
     rows = [f"{count:,} {split}" for split, count in (facts.get("rows") or {}).items()]
     told = {"data": _last_part(facts.get("data")), "rows": rows, "labels": list(facts.get("labels") or ())}
+    told["template"] = facts.get("template")
     return {key: value for key, value in told.items() if value}
 
 

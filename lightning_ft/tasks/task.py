@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -27,6 +27,9 @@ class Task(nn.Module, ABC):
     :class:`lightning_ft.data.targets.Target` that made them. ``stage`` is ``"val"`` or ``"test"``.
     """
 
+    tables_after: ClassVar[tuple[str, ...]] = ("test",)
+    """The stages whose tables are logged."""
+
     @abstractmethod
     def build(self, name: str) -> PreTrainedModel:
         """The pretrained model with a new head; errors as of :func:`lightning_ft.tasks.pretrained.load_pretrained`."""
@@ -46,6 +49,9 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def update(self, stage: str, outputs: Any, labels: Any) -> None:
         """Count a batch in the metrics of ``stage``."""
+
+    def observe(self, stage: str, model: nn.Module, batch: Batch) -> None:
+        """Look at a batch of ``stage`` with the model at hand, for what its outputs alone don't tell."""
 
     @abstractmethod
     def scores(self, stage: str) -> dict[str, Tensor]:
@@ -88,6 +94,9 @@ SCORES = {
     "accuracy": Score("accuracy"),
     "f1": Score("macro F1"),
     "loss": Score("loss", percent=False, better="min"),
+    "perplexity": Score("perplexity", percent=False, better="min"),
+    "token_accuracy": Score("token accuracy"),
+    "exact_match": Score("exact match"),
 }
 """Every score that a task may give."""
 
