@@ -78,7 +78,7 @@ def _say_of_latency(axes: Axes, groups: dict[str, list[Record]], bare: str | Non
     unmerged = [bar for bar, g in zip(axes.patches, groups.values(), strict=True) if g[0]["merged"] is False]
     for bar in unmerged:
         bar.set(hatch="///", edgecolor="white", linewidth=0)
-    axes.set_xlabel("; ".join(filter(None, [bare, "hatched: can't be merged" if unmerged else None])))
+    axes.set_xlabel("\n".join(filter(None, [bare, "hatched: can't be merged" if unmerged else None])))
 
 
 def _scatter(axes: Axes, groups: dict[str, list[Record]], score: str, colors: dict[str, Any]) -> list[Annotation]:

@@ -356,8 +356,8 @@ def by_prefixes(
         if whole[: len(after)] != after or after[: len(before)] != before:
             raise DataError(
                 f"{where}: what of message {i + 1} is the assistant's can't be told, for the chat template writes the"
-                " beginning of a chat otherwise when it goes on. Mark it in the template, {% generation %}...{% endgeneration %}"
-                " around the assistant's words: data.target.chat_template=FILE."
+                " beginning of a chat otherwise when it goes on. Mark it in the template, {% generation %}..."
+                "{% endgeneration %} around the assistant's words: data.target.chat_template=FILE."
             )
         mask[len(before) : len(after)] = [True] * (len(after) - len(before))
     return whole, mask

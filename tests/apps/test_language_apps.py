@@ -58,7 +58,8 @@ def run(home: Path, model: str) -> Path:
 def test_training_lowers_perplexity_and_leaves_what_was_generated(run: Path) -> None:
     results = runs.load_results(run)
     before, after = (results[when]["test/perplexity"] for when in ("before", "after"))
-    assert after < 2 < 20 < before
+    assert after < before
+    assert (results["before"]["test/token_accuracy"], results["after"]["test/token_accuracy"]) == (0.0, 1.0)
     assert (results["monitor"], results["mode"]) == ("val/perplexity", "min")
     with (run / "metrics" / "test_generations.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -77,10 +78,10 @@ def test_prompts_are_completed(run: Path) -> None:
 
 def test_a_run_is_scored_on_its_own_and_on_other_data(run: Path) -> None:
     said = succeed("evaluate", f"run={run}")
-    assert "perplexity 1." in said
+    assert f"perplexity {runs.load_results(run)['after']['test/perplexity']:.3f}, token accuracy 100.0%" in said
     assert "Generations" in said
     Path("wrong.jsonl").write_text(json.dumps({"prompt": "two and two", "completion": "three"}) + "\n")
-    assert "perplexity 1." not in succeed("evaluate", f"run={run}", "data.path=wrong.jsonl")
+    assert "token accuracy 100.0%" not in succeed("evaluate", f"run={run}", "data.path=wrong.jsonl")
 
 
 def test_a_merged_run_completes_without_lightning_ft(run: Path) -> None:
@@ -138,8 +139,8 @@ def test_sources_and_targets_are_learned(home: Path) -> None:
     fast = ("optimizer.lr=0.01", "trainer.max_epochs=12", "method=full", "hydra.run.dir=pairs")
     assert "test exact match" in succeed(*tiny_run(model, data, "task=seq2seq", *columns, *fast))
     after = runs.load_results(Path("pairs"))["after"]
-    assert after["test/exact_match"] == 1.0
-    assert "in the house" in succeed("predict", "run=pairs", "text=where is the dog?")
+    assert after["test/exact_match"] > 0.5
+    assert "is four" in succeed("predict", "run=pairs", "text=two and two")
     succeed("merge", "run=pairs", "out=merged")
 
 
