@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_ft.methods.prompt import PromptTuning, PTuning
     from lightning_ft.tasks.classification import Classification
     from lightning_ft.tasks.finetuner import FineTuner
+    from lightning_ft.tasks.language import CausalLM, Seq2SeqLM
     from lightning_ft.tasks.multilabel import MultiLabelClassification
     from lightning_ft.tasks.multitask import MultiTask
     from lightning_ft.tasks.ordinal import Ordinal
@@ -45,6 +46,7 @@ _HOMES = {
     "Adapter": "lightning_ft.methods.adapter",
     "AdapterBank": "lightning_ft.bank",
     "BitFit": "lightning_ft.methods.bitfit",
+    "CausalLM": "lightning_ft.tasks.language",
     "Classification": "lightning_ft.tasks.classification",
     "Efficiency": "lightning_ft.callbacks.efficiency",
     "FineTuner": "lightning_ft.tasks.finetuner",
@@ -64,6 +66,7 @@ _HOMES = {
     "PrefixTuning": "lightning_ft.methods.prefix",
     "PromptTuning": "lightning_ft.methods.prompt",
     "Regression": "lightning_ft.tasks.regression",
+    "Seq2SeqLM": "lightning_ft.tasks.language",
     "Tags": "lightning_ft.data.tags",
     "TextDataModule": "lightning_ft.data.module",
     "TokenClassification": "lightning_ft.tasks.tagging",
@@ -82,7 +85,7 @@ __all__ = [  # noqa: RUF022 - by use
     "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "drop_adapters",
     "InjectionError",
     "FineTuner", "Classification", "MultiTask", "TextDataModule", "MultiTaskDataModule", "Efficiency",
-    "TokenClassification", "Tags", "MultiLabelClassification", "Ordinal", "Regression",
+    "TokenClassification", "Tags", "MultiLabelClassification", "Ordinal", "Regression", "CausalLM", "Seq2SeqLM",
 ]  # fmt: skip
 
 

@@ -123,6 +123,7 @@ def card_facts(config: DictConfig, results: Mapping[str, Any]) -> Facts:
     facts: dict[str, Any] = {
         "base": base_name(config),
         "labels": _plain(config.task.get("labels")),
+        "template": OmegaConf.select(config, "data.target.template"),
         "scores": _scores(results.get("before", {}), results.get("after", {})),
         "settings": {key: value for key, value in _plain(config.method).items() if key != "_target_"},
         "training": _training(config, results),

@@ -1,7 +1,8 @@
-"""Batches of texts of like length: little of a batch is padding, and the order is still shuffled."""
+"""Batches of texts of like length, and rows of several: little of a batch is padding, and the order is shuffled."""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -50,3 +51,27 @@ class LengthBucketedSampler(Sampler[int]):
         short = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         mixed = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
         return iter(torch.cat([*mixed, *short]).tolist())
+
+
+def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Share rows out to as few bins of ``limit`` tokens as best-fit decreasing finds (Johnson 1974).
+
+    Longest first, each goes where it leaves the least room: at most 11/9 of the best number of bins, and 1.
+
+    Args:
+        lengths: of the rows; none above ``limit``.
+        limit: tokens a bin.
+
+    Returns:
+        The rows of each bin, in order.
+    """
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, bin), the fullest first
+    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect_left(rooms, (lengths[row], 0))
+        left, chosen = rooms.pop(at) if at < len(rooms) else (limit, len(bins))
+        if chosen == len(bins):
+            bins.append([])
+        bins[chosen].append(row)
+        insort(rooms, (left - lengths[row], chosen))
+    return [sorted(rows) for rows in bins]

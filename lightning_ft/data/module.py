@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
 from lightning_ft.data.batching import LengthBucketedSampler
-from lightning_ft.data.sources import complete, read
+from lightning_ft.data.sources import DataError, complete, read
 from lightning_ft.data.targets import Classes, Columns, Target, check
-from lightning_ft.tasks.pretrained import load_pretrained
+from lightning_ft.tasks.pretrained import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,9 +80,8 @@ class TextDataModule(L.LightningDataModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; where it has no token for padding, it pads with the end of the text."""
-        tokenizer = load_pretrained(AutoTokenizer, self._tokenizer_name)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = load_tokenizer(self._tokenizer_name)
+        self.target.prepare(tokenizer)
         return tokenizer
 
     @property
@@ -113,6 +111,11 @@ class TextDataModule(L.LightningDataModule):
         if self._splits:
             return
         source = str(self.path)
+        if self.target.packing and self.reserved:
+            raise DataError(
+                f"Packing puts several examples in a row, and the method's {self.reserved} virtual tokens would be"
+                " before the first of them alone: data.target.packing=false, or another method."
+            )
         raw = read(self.path, self.encoding, self.format)
         check(raw, self.target, self.columns, source)
         raw = complete(
@@ -121,7 +124,8 @@ class TextDataModule(L.LightningDataModule):
         self._facts = self.target.facts(raw["train"], self.columns, source)  # of what is left of it
         for split, rows in raw.items():
             self.target.check_known(rows, self.columns, self._facts, f"{source}, {split}, as it was split")
-        self._splits = {split: self._encode(rows, self._facts) for split, rows in raw.items()}
+        encoded = {split: self._encode(rows, self._facts, f"{source}, {split}") for split, rows in raw.items()}
+        self._splits = {**encoded, "train": self.target.arranged(encoded["train"], self.token_limit)}
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in self._splits.items())
         log.info("%s: %s rows; %s", source, sizes, self.target.describe(self._facts))
 
@@ -146,7 +150,7 @@ class TextDataModule(L.LightningDataModule):
         raw = read(self.path, self.encoding, self.format)
         rows = raw.get("test") or raw[next(iter(raw))]
         check({"test": rows}, self.target, self.columns, str(self.path), facts)
-        return self._loader(self._encode(rows, facts), 2 * self.batch_size, None)
+        return self._loader(self._encode(rows, facts, str(self.path)), 2 * self.batch_size, None)
 
     def texts_dataloader(self, texts: Sequence[str]) -> DataLoader[Any]:
         """Batches of new texts, in their order, for ``Trainer.predict``."""
@@ -154,8 +158,11 @@ class TextDataModule(L.LightningDataModule):
         rows: Any = [{key: values[0] for key, values in row.items()} for row in encoded]
         return DataLoader(rows, batch_size=self.batch_size, collate_fn=self.target.collator(self.tokenizer))
 
-    def _encode(self, rows: Dataset, facts: Mapping[str, Any]) -> Dataset:
-        return self.target.encode(rows, self.columns, facts, self.tokenizer, self.token_limit)
+    def _encode(self, rows: Dataset, facts: Mapping[str, Any], where: str) -> Dataset:
+        try:
+            return self.target.encode(rows, self.columns, facts, self.tokenizer, self.token_limit)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
 
     def _loader(self, rows: Dataset, batch_size: int, seed: int | None) -> DataLoader[Any]:
         return DataLoader(

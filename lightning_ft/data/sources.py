@@ -25,6 +25,7 @@ _BUILDERS = {
     ".json": "json",
     ".parquet": "parquet",
     ".conll": "conll",
+    ".txt": "text",
 }
 _BUNDLED = Path(__file__).parent / "bundled"
 
@@ -39,10 +40,11 @@ def read(
     """The splits at ``path``.
 
     Args:
-        path: a file (CSV, TSV, JSONL, Parquet, CoNLL) as the single split ``train``; a folder of files named after
-            their splits; a mapping of split to file; ``bundled:NAME`` for data that comes with the package;
-            or a name on the Hugging Face hub.
-        encoding: of CSV, TSV, JSONL and CoNLL files.
+        path: a file (CSV, TSV, JSONL, Parquet, CoNLL, TXT) as the single split ``train``; a folder of files named
+            after their splits; a mapping of split to file; ``bundled:NAME`` for data that comes with the package;
+            or a name on the Hugging Face hub. Of a TXT file each paragraph is a row, which blank lines end: its
+            lines are the column ``text``.
+        encoding: of CSV, TSV, JSONL, CoNLL and TXT files.
         format: what files are whose ending doesn't say it: ``"conll"``, or another of the endings known.
 
     Raises:
@@ -165,6 +167,8 @@ def _read_file(file: Path, encoding: str, format: str | None) -> Dataset:
         options["encoding"] = encoding
     if builder == "conll":
         return _read_conll(file, encoding)
+    if builder == "text":
+        return _paragraphs(file, encoding)
     if builder == "csv":
         # "NA", "null" and "None" are words a text may consist of.
         options |= {"sep": "\t" if ending == ".tsv" else ",", "keep_default_na": False}
@@ -227,6 +231,14 @@ def strays(tags: Iterable[str]) -> list[str]:
     given = list(tags)
     others = [tag for tag in given if tag != "O" and not PREFIXED.fullmatch(tag)]
     return others if any(map(PREFIXED.fullmatch, given)) else []
+
+
+def _paragraphs(file: Path, encoding: str) -> Dataset:
+    parts = re.split(r"\n(?:[^\S\n]*\n)+", file.read_text(encoding=encoding))
+    texts = [part.strip("\n") for part in parts if part.strip()]
+    if not texts:
+        raise DataError(f"'{file}' holds no rows.")
+    return Dataset.from_dict({"text": texts})
 
 
 def _check_encoding(file: Path, encoding: str) -> None:

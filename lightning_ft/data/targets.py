@@ -36,6 +36,12 @@ class Target(ABC):
 
     label_kind: ClassVar[LabelKind] = "class"
 
+    packing: bool = False
+    """Whether :meth:`arranged` puts several examples in a row, which virtual tokens before the row don't go with."""
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: B027
+        """Give the tokenizer what encoding needs of it, so that it's saved with it; DataError if it can't be had."""
+
     @abstractmethod
     def check(self, rows: Dataset, columns: Columns, where: str) -> None:
         """Raise DataError, naming the row and the column, unless each row of a split has what it needs.
@@ -79,6 +85,10 @@ class Target(ABC):
             return {**self.inputs(batch[columns.text], tokenizer, limit), "labels": [labels[i] for i in indices]}
 
         return mapped(rows, encode)
+
+    def arranged(self, rows: Dataset, limit: int) -> Dataset:
+        """The encoded rows of training as they go into batches, of at most ``limit`` tokens each."""
+        return rows
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Makes a batch of encoded rows."""

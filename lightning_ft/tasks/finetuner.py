@@ -79,13 +79,13 @@ class FineTuner(L.LightningModule):
         self.task.end_epoch()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics."""
+        """Log the metrics, and the tables of a task that has some for validations."""
+        self._log_tables("val")
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics, the task's tables and its pictures."""
-        for name, (columns, rows) in self.task.tables("test").items():
-            log_table(self.loggers, f"test/{name}", columns, rows)
+        self._log_tables("test")
         for name, figure in self.task.pictures("test").items():
             log_figure(self.loggers, f"test/{name}", figure, self.trainer.global_step)
         self._log_scores("test")
@@ -106,7 +106,13 @@ class FineTuner(L.LightningModule):
         inputs, labels = inputs_and_labels(batch)
         outputs = self(**inputs)
         self.task.update(stage, outputs, labels)
+        self.task.observe(stage, self.model, batch)
         self.log(f"{stage}/loss", self.task.loss(outputs, labels), batch_size=self.task.count(labels))
+
+    def _log_tables(self, stage: str) -> None:
+        if stage in self.task.tables_after and self.loggers and not self.trainer.sanity_checking:
+            for name, (columns, rows) in self.task.tables(stage).items():
+                log_table(self.loggers, f"{stage}/{name}", columns, rows)
 
     def _log_scores(self, stage: str) -> None:
         if self.trainer.sanity_checking:  # of a few batches, whose scores mean nothing

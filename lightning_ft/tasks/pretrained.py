@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_ft.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ModelNotFoundError(UserError, OSError):
@@ -58,6 +58,16 @@ def load_classifier(name: str, **head: Any) -> PreTrainedModel:
     if model.config.pad_token_id is None:  # decoders find a row's last token by it
         model.config.pad_token_id = model.config.eos_token_id
     return model
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer; where it has no token for padding, it pads with the end of the text. Errors as of the model."""
+    from transformers import AutoTokenizer
+
+    tokenizer = load_pretrained(AutoTokenizer, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 @contextmanager

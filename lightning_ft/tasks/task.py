@@ -30,6 +30,9 @@ class Task(nn.Module, ABC):
     likelihood_factor: ClassVar[float] = 1.0
     """The negative log likelihood, where the noise is 1, over the loss: 1/2 for a squared error."""
 
+    tables_after: ClassVar[tuple[str, ...]] = ("test",)
+    """The stages whose tables are logged."""
+
     @abstractmethod
     def build(self, name: str) -> PreTrainedModel:
         """The pretrained model with a new head; errors as of :func:`lightning_ft.tasks.pretrained.load_pretrained`."""
@@ -52,6 +55,9 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def update(self, stage: str, outputs: Any, labels: Any) -> None:
         """Count a batch in the metrics of ``stage``."""
+
+    def observe(self, stage: str, model: nn.Module, batch: Batch) -> None:
+        """Look at a batch of ``stage`` with the model at hand, for what its outputs alone don't tell."""
 
     @abstractmethod
     def scores(self, stage: str) -> dict[str, Tensor]:
@@ -112,6 +118,9 @@ SCORES = {
     "r2": Score("R²", percent=False),
     "spearman": Score("Spearman", percent=False),
     "loss": Score("loss", percent=False, better="min"),
+    "perplexity": Score("perplexity", percent=False, better="min"),
+    "token_accuracy": Score("token accuracy"),
+    "exact_match": Score("exact match"),
 }
 """Every score that a task may give."""
 

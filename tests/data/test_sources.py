@@ -130,10 +130,21 @@ def test_reading_leaves_the_progress_bars_as_they_were(tmp_path: Path) -> None:
     assert is_progress_bar_enabled() == before
 
 
+@pytest.mark.parametrize("line", ["\n", "\r\n"])
+def test_of_a_text_file_each_paragraph_is_a_row(tmp_path: Path, line: str) -> None:
+    lines = ["", "First Citizen:", "Speak, déjà vu.", "", "  ", "\t", "  indented", "# it stays", "", "last"]
+    (tmp_path / "play.txt").write_bytes(line.join(lines).encode())
+    rows = read(tmp_path / "play.txt")["train"]
+    assert rows.to_dict() == {"text": ["First Citizen:\nSpeak, déjà vu.", "  indented\n# it stays", "last"]}
+    (tmp_path / "play.txt").write_text(" \n\n \n")
+    with pytest.raises(DataError, match=r"play\.txt' holds no rows"):
+        read(tmp_path / "play.txt")
+
+
 # ---------------------------------------------------------------------- what can't
 
 CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
-    "wrong ending": ("notes.txt", b"some words", ["notes.txt", "ending", ".csv, .tsv, .jsonl"]),
+    "wrong ending": ("notes.doc", b"some words", ["notes.doc", "ending", ".csv, .tsv, .jsonl"]),
     "empty file": ("empty.csv", b"", ["empty.csv", "empty"]),
     "malformed CSV": ("bad.csv", b"text,label\na,1\nb,c,d,1\n", ["bad.csv", "CSV", "line 3"]),
     "malformed Parquet": ("bad.parquet", b"no parquet, this", ["bad.parquet", "PARQUET"]),
