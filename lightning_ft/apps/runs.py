@@ -6,6 +6,7 @@ metrics/        metrics.csv, test_per_class.csv, test_confusion_matrix.png
 checkpoints/    best.ckpt and last.ckpt, of what was trained
 adapter/        the adapter with its head, in PEFT's format
 results.json    the figures of the table
+lr_finder.png   with optimizer.lr=auto, the curve that the rate was read from
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lightning_ft.apps.errors import RequestError
 from lightning_ft.files.card import Facts, Score
 from lightning_ft.tasks.task import score_of
 
-CONFIG, ADAPTER, RESULTS = "config.yaml", "adapter", "results.json"
+CONFIG, ADAPTER, RESULTS, CURVE = "config.yaml", "adapter", "results.json", "lr_finder.png"
 ROOT = Path("runs")
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
 
 from lightning_ft.optim import RateError, parameter_groups, scale_rates
 from lightning_ft.reporting import log_figure, log_table
@@ -32,6 +33,7 @@ class FineTuner(L.LightningModule):
             ``partial(lightning_ft.optim.linear, warmup=0.1)``; none for a constant rate.
         layer_decay: each layer's learning rate is that of the one above times this (1 for none); the head
             has the full rate (:func:`lightning_ft.optim.parameter_groups`).
+        head_lr_ratio: how many times the rate of the base that of the head is.
     """
 
     def __init__(
@@ -41,13 +43,16 @@ class FineTuner(L.LightningModule):
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         layer_decay: float = 1.0,
+        head_lr_ratio: float = 1.0,
     ) -> None:
         super().__init__()
         self.model = task.build(model) if isinstance(model, str) else model
         # from_pretrained gives a model in eval mode, and Lightning leaves modes alone.
         self.model.train()
         self.task = task
-        self.layer_decay = layer_decay
+        self.layer_decay, self.head_lr_ratio = layer_decay, head_lr_ratio
+        # Of all processes' rows: Lightning's own mean over processes rounds the numbers of rows down.
+        self.losses = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
         self._make_optimizer = optimizer or (lambda groups: torch.optim.AdamW(groups, lr=1e-3))
         self._make_scheduler = scheduler
 
@@ -92,13 +97,16 @@ class FineTuner(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig | Optimizer:
         """The optimizer over what trains, and the schedule by the step."""
-        groups = parameter_groups(self, self.model.base_model, self.layer_decay)
+        groups = parameter_groups(self, self.model.base_model, self.layer_decay, self.head_lr_ratio)
         optimizer = scale_rates(self._make_optimizer(groups))
         if self._make_scheduler is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
         if not steps < float("inf"):
-            raise RateError("A learning-rate schedule needs an end: set max_epochs or max_steps in the Trainer.")
+            raise RateError(
+                "A learning-rate schedule needs an end: set max_steps in the Trainer, or max_epochs where data has a"
+                " length."
+            )
         scheduler = self._make_scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -107,7 +115,7 @@ class FineTuner(L.LightningModule):
         outputs = self(**inputs)
         self.task.update(stage, outputs, labels)
         self.task.observe(stage, self.model, batch)
-        self.log(f"{stage}/loss", self.task.loss(outputs, labels), batch_size=self.task.count(labels))
+        self._loss_of(stage).update(self.task.loss(outputs, labels), self.task.count(labels))
 
     def _log_tables(self, stage: str) -> None:
         if stage in self.task.tables_after and self.loggers and not self.trainer.sanity_checking:
@@ -117,7 +125,15 @@ class FineTuner(L.LightningModule):
     def _log_scores(self, stage: str) -> None:
         if self.trainer.sanity_checking:  # of a few batches, whose scores mean nothing
             self.task.reset(stage)
+            self._loss_of(stage).reset()
             return
+        self.log(f"{stage}/loss", self._loss_of(stage).compute())
+        self._loss_of(stage).reset()
         scores = {f"{stage}/{name}": value for name, value in self.task.scores(stage).items()}
         self.log_dict(scores, prog_bar=stage == "val")
         self.task.reset(stage)
+
+    def _loss_of(self, stage: str) -> MeanMetric:
+        metric = self.losses[stage]
+        assert isinstance(metric, MeanMetric)
+        return metric
