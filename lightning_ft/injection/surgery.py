@@ -51,9 +51,23 @@ class Injected:
     keeps: ClassVar[tuple[str, ...]] = ()
     as_vectors: ClassVar[tuple[str, ...]] = ()
 
+    added_drops: bool | None = None
+    """Whether dropout of what was added drops, whatever mode the module was left in; None: as that says."""
+    training: bool
+
     # Set on the classes that `_combine` makes.
     _mixins: ClassVar[tuple[type[Injected], ...]] = ()
     _original: ClassVar[type[nn.Module]]
+
+    @property
+    def in_training(self) -> bool:
+        """Whether what was added trains; ``training`` would decide on dropout of the module's own (attention) too."""
+        return self.training if self.added_drops is None else self.added_drops
+
+    def train(self, mode: bool = True) -> Any:
+        """As the module's own; who sets a mode means what was added too."""
+        vars(self).pop("added_drops", None)
+        return super().train(mode)  # type: ignore[misc]
 
     def folded(self, weight: Tensor) -> dict[str, Tensor]:
         """The module's own parameters as they are with what was added written into them.

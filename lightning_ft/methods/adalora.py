@@ -218,13 +218,12 @@ class AdaLoRALayer(Injected):
     lora_A: nn.Parameter  # Q: (r, in)
     lora_B: nn.Parameter  # P: (out, r)
     lora_E: nn.Parameter  # λ: (r, 1)
-    training: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output plus the low-rank one; shapes are the module's."""
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
         x = first_tensor(args, kwargs).to(self.lora_A.dtype)
-        x = F.dropout(x, self.adalora.lora_dropout, self.training)
+        x = F.dropout(x, self.adalora.lora_dropout, self.in_training)
         low_rank = F.linear(F.linear(x, self.lora_A * self.lora_E), self.lora_B)
         return out + (self.adalora.scaling * low_rank).to(out.dtype)
 
@@ -304,11 +303,11 @@ def prune(layer: AdaLoRALayer, kept: Tensor, optimizers: Iterable[Optimizer] = (
 
     In place: the parameters stay the objects that optimizers and the user hold. ``kept`` may lie on another device.
     """
+    rows = kept.nonzero()[:, 0]
 
     def left(tensor: Tensor, axis: int) -> Tensor:
         return tensor.index_select(axis, rows.to(tensor.device))
 
-    rows = kept.nonzero()[:, 0]
     for key, axis in _RANK_AXIS.items():
         parameter, shape = getattr(layer, key), getattr(layer, key).shape
         parameter.grad = None

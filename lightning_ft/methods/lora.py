@@ -87,7 +87,6 @@ class LoRALayer(Injected):
     lora_A: nn.Parameter  # (r, in)
     lora_B: nn.Parameter  # (out, r)
     weight: Tensor
-    training: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output plus the low-rank one; shapes are the module's."""
@@ -97,7 +96,7 @@ class LoRALayer(Injected):
 
     def low_rank(self, x: Tensor) -> Tensor:
         """``B A dropout(x)``: (..., in) to (..., out)."""
-        x = F.dropout(x.to(self.lora_A.dtype), self.lora.dropout, self.training)
+        x = F.dropout(x.to(self.lora_A.dtype), self.lora.dropout, self.in_training)
         return self.project(x, self.lora_A, self.lora_B)
 
     def project(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
