@@ -213,8 +213,9 @@ class FineTuning(Callback, ABC):
 
     def _inject(self, model: nn.Module, anew: bool = True) -> None:
         """Inject this method and its neighbours; unless ``anew``, not into a base that was merged."""
-        # Those that add nothing first: what of the base they train is theirs, whoever trained it before.
-        methods = sorted([self, *self._neighbours], key=lambda method: bool(method.layers))
+        # Those that add nothing first: what of the base they train is theirs, whoever trained it before. Then those
+        # that train modules whole, which the others leave out.
+        methods = sorted([self, *self._neighbours], key=lambda m: (bool(m.layers), not m.modules_to_save))
         if not anew:
             methods = [method for method in methods if not is_thawed(find_base(model, method.backbone))]
         with all_or_nothing(model):  # where one is refused, none goes in

@@ -231,7 +231,7 @@ def inject_layers(
 
     Args:
         base: where.
-        plan: a layer for each path, relative to the base's root.
+        plan: a layer for each path, relative to the base's root; what another method trains whole is left out.
         method: the name of the method that asks, for messages and for :func:`freeze_base`.
         saved, parameters: what of the base trains too, as for :func:`freeze_base`.
 
@@ -239,8 +239,10 @@ def inject_layers(
         The paths in the model that was searched.
 
     Raises:
-        InjectionError: if the base carries this method elsewhere or otherwise, or a module can't carry it.
+        InjectionError: if the base carries this method elsewhere or otherwise, or a module can't carry it, or nothing
+            is left of the plan.
     """
+    plan = _without_whole(base, plan, method)
     kinds = {layer.mixin.method for layer in plan.values()}
     present = [name for name, layer in injected_modules(base.root) if any(m.method in kinds for m in layer._mixins)]
     if present and set(present) != set(plan):
@@ -259,6 +261,25 @@ def inject_layers(
     for name, layer in new.items():
         attach(base.root, name, layer.mixin, layer.settings, starts[name])
     return [base.prefixed(name) for name in plan]
+
+
+def _without_whole(base: Base, plan: Mapping[str, Layer], method: str) -> dict[str, Layer]:
+    """What is left of ``plan`` without the modules that another method trains whole: these need no adapter."""
+    record = vars(base.root).get(_FROZEN, {"trained": {}})
+    whole = {name for other, names in record["trained"].items() if other != method for name in names}
+    added = injected_names(base.root)
+
+    def is_whole(path: str) -> bool:
+        own = {name for name, _ in base.root.get_submodule(path).named_parameters(prefix=path)} - added
+        return bool(own) and own <= whole
+
+    left = {path: layer for path, layer in plan.items() if layer.mixin.acts_on == "inputs" or not is_whole(path)}
+    if plan and not left:
+        raise InjectionError(
+            f"Nothing is left for {method}: another method of this model trains {_few(plan)} whole already"
+            " (modules_to_save). Name other modules, or leave one of the two methods out."
+        )
+    return left
 
 
 def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -311,8 +332,10 @@ def freeze_base(base: Base, method: str, saved: Sequence[str] = (), parameters: 
         parameters: names, in its root, of parameters that train.
 
     Raises:
-        InjectionError: if ``method`` trained other parts of it before, which would go on training unsaid.
+        InjectionError: if ``method`` trained other parts of it before, which would go on training unsaid, or a module
+            in ``saved`` carries what another method added.
     """
+    _refuse_adapted(base, method, saved)
     trained = _trained(base, saved, parameters)
     record = vars(base.root).get(_FROZEN) or {"parts": [], "parameters": [], "trained": {}}
     before = record["trained"].get(method, trained)
@@ -337,6 +360,18 @@ def freeze_base(base: Base, method: str, saved: Sequence[str] = (), parameters: 
     unfreeze(base.root.get_submodule(name) for name in saved)
     for name in parameters:
         base.root.get_parameter(name).requires_grad_(True)
+
+
+def _refuse_adapted(base: Base, method: str, saved: Sequence[str]) -> None:
+    """A module that trains whole needs no adapter beside its weights, and files would have no place for it."""
+    inside = tuple(f"{name}." for name in saved)
+    for path, layer in injected_modules(base.root):
+        there = next((mixin for mixin in layer._mixins if mixin.acts_on != "inputs"), None)
+        if there is not None and f"{path}.".startswith(inside):
+            raise InjectionError(
+                f"{method} is to train '{path}' whole (modules_to_save), which carries {there.method} already. Inject"
+                f" {method} first, and {there.method} leaves it out; or merge what is there."
+            )
 
 
 def train_own(

@@ -525,9 +525,11 @@ class LoRA(FineTuning):
             assert layer is not None
             settings = LoRASettings(ranks[name], alphas[name], self.dropout, self.use_rslora)
             plan[name] = Layer(layer, settings, partial(layer.start, module, settings, self.init_lora_weights))
-        new = not any(isinstance(base.root.get_submodule(name), LoRALayer) for name in names)
+        modules = {name: base.root.get_submodule(name) for name in names}
+        new = not any(isinstance(module, LoRALayer) for module in modules.values())
         paths = inject_layers(base, plan, "LoRA", saved, _biases(base, names)[self.bias])
-        if new and (advice := rank_advice(base.root, ranks)):
+        layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
+        if new and (advice := rank_advice(layers)):
             rank_zero_info(advice)
         return paths
 
@@ -643,9 +645,9 @@ def _biases(base: Base, targets: Sequence[str]) -> dict[Bias, list[str]]:
     }
 
 
-def rank_advice(root: nn.Module, ranks: Mapping[str, int]) -> str | None:
+def rank_advice(layers: Mapping[str, LoRALayer]) -> str | None:
     """What to say of ranks outside 1% to 10% of their module's smaller dimension, where there are such."""
-    layers: dict[str, Any] = {name: root.get_submodule(name) for name in ranks}
+    ranks = {name: layer.lora.r for name, layer in layers.items()}
     sizes = {name: min(layer.lora_A.shape[1], layer.lora_B.shape[0]) for name, layer in layers.items()}
     usual = {name: (math.ceil(size / 100), max(1, size // 10)) for name, size in sizes.items()}
     unusual = [name for name, r in ranks.items() if not usual[name][0] <= r <= usual[name][1]]
