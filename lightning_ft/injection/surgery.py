@@ -538,8 +538,9 @@ def forget(model: nn.Module) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Take off what was injected, and thaw what was frozen, within the block if it raises."""
+    """Take off what was injected, thaw what was frozen and tie what was untied within the block if it raises."""
     carried = {module: module._mixins for _, module in injected_modules(model)}
+    held = [(module, dict(module._parameters)) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     marks = (_FROZEN, _THAWED)
     marked = [(m, copy.deepcopy({key: vars(m)[key] for key in marks if key in vars(m)})) for m in model.modules()]
@@ -550,6 +551,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             for mixin in module._mixins:
                 if mixin not in carried.get(module, ()):
                     detach(model, name, mixin)
+        for module, parameters in held:
+            module._parameters.update(parameters)
         for owner, own in marked:
             for key in marks:
                 vars(owner).pop(key, None)

@@ -387,6 +387,7 @@ def qr_part(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 _PRINCIPAL = {"pissa": principal_part, "olora": qr_part}
+_PLAIN_INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")  # PEFT's that leave W as it is
 
 
 class ResidualLinear(ResidualLayer, LoRALinear):
@@ -589,8 +590,8 @@ class LoRA(FineTuning):
             "monteclora_config", "layer_replication", "target_parameters", "trainable_token_indices",
         )  # fmt: skip
         found = [key for key in unknown if config.get(key)]
-        init = str(config.get("init_lora_weights", True))
-        if init.startswith(("pissa_niter", "corda", "loftq", "lora_ga")):  # they change W, and not reproducibly
+        init = str(config.get("init_lora_weights", True)).lower()  # as PEFT reads it
+        if init not in (*_PLAIN_INITS, *_PRINCIPAL):  # corda, loftq and others change W, and not reproducibly
             found.append(f"init_lora_weights={init}")
         if found:
             raise ValueError(
@@ -604,7 +605,7 @@ class LoRA(FineTuning):
             exactly(targets),
             rank_pattern=_that_match(config.get("rank_pattern"), targets),
             alpha_pattern=_that_match(config.get("alpha_pattern"), targets),
-            init_lora_weights="pissa" if init == "pissa" else "olora" if init == "olora" else "kaiming",
+            init_lora_weights=init if init in _PRINCIPAL else "kaiming",  # type: ignore[arg-type]
             use_rslora=config.get("use_rslora", False),
             use_dora=config.get("use_dora", False),
             bias=config.get("bias", "none"),
