@@ -92,7 +92,7 @@ def train(config: DictConfig) -> float:
         "validation": validation,
         "monitor": config.monitor,
         "mode": config.mode,
-        **_costs(module, trainer, efficiency),
+        **_costs(trainer, efficiency),
         "lr": config.optimizer.lr,
         "lr_found": found,
         "rows": data.sizes,
@@ -145,18 +145,16 @@ def _trainer(config: DictConfig, method: FineTuning) -> tuple[L.Trainer, Efficie
     return instantiate(config.trainer, callbacks=[method, *callbacks], logger=loggers, _convert_="all"), efficiency
 
 
-def _costs(module: L.LightningModule, trainer: L.Trainer, efficiency: Efficiency) -> dict[str, Any]:
+def _costs(trainer: L.Trainer, efficiency: Efficiency) -> dict[str, Any]:
     """What training took, and on what."""
     import torch
 
-    from lightning_ft.callbacks.finetuning import count_parameters
     from lightning_ft.files.card import versions
 
-    parameters, trained = count_parameters(module)
     device = trainer.strategy.root_device
     return {
-        "parameters": parameters,
-        "trained": trained,
+        "parameters": efficiency.parameters,
+        "trained": efficiency.trained,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "seconds": efficiency.seconds,
         "peak_memory_mib": efficiency.peak_memory_mib,
