@@ -39,7 +39,7 @@ def method(config: DictConfig) -> FineTuning:
 
 
 def finetuner(config: DictConfig, facts: Mapping[str, Any]) -> FineTuner:
-    """The module: the model with the task's head, the optimizer and the schedule.
+    """The module: the model with the task's head, the optimizer, the schedule and the penalties.
 
     Args:
         config: of the run.
@@ -48,7 +48,8 @@ def finetuner(config: DictConfig, facts: Mapping[str, Any]) -> FineTuner:
     task = instantiate(config.task, **facts, _convert_="all")
     optimizer = instantiate(config.optimizer, _convert_="all")
     scheduler = instantiate(config.scheduler, _convert_="all")
-    return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay)
+    penalties = list(instantiate(config.get("regularizer") or {}, _convert_="all").values())  # older runs have none
+    return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay, penalties)
 
 
 def check(config: DictConfig) -> None:
