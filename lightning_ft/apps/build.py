@@ -41,7 +41,7 @@ def method(config: DictConfig) -> FineTuning:
 
 
 def finetuner(config: DictConfig, facts: Mapping[str, Any]) -> FineTuner:
-    """The module: the model with the task's head, the optimizer and the schedule.
+    """The module: the model with the task's head, the optimizer, the schedule and the penalties.
 
     Args:
         config: of the run.
@@ -51,7 +51,8 @@ def finetuner(config: DictConfig, facts: Mapping[str, Any]) -> FineTuner:
     optimizer = instantiate(config.optimizer, _convert_="all")
     scheduler = instantiate(config.scheduler, _convert_="all")
     ratio = config.get("head_lr_ratio", 1.0)  # older runs' configs have none
-    return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay, ratio)
+    penalties = list(instantiate(config.get("regularizer") or {}, _convert_="all").values())  # older runs have none
+    return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay, ratio, penalties)
 
 
 def check(config: DictConfig) -> None:

@@ -77,6 +77,17 @@ class Injected:
         """
         raise NotImplementedError
 
+    def squared_change(self, weight: Tensor) -> Tensor:
+        """``‖W' - W‖²``, a scalar: how far what was added takes the module's parameters.
+
+        A method that can tell it without writing W' out does so: that is the memory of the weights once more.
+
+        Args:
+            weight: as for :meth:`folded`.
+        """
+        changes = [now - getattr(self, key).detach() for key, now in self.folded(weight).items()]
+        return torch.stack([change.square().sum() for change in changes]).sum()
+
     @classmethod
     def check_mergeable(cls, name: str) -> None:
         """Raise NotImplementedError if what it adds to the module ``name`` is nothing that weights could hold."""

@@ -115,6 +115,11 @@ class LoRALayer(Injected):
         """``W + s · B A``, summed in fp32 or more."""
         return {"weight": weight + self.delta()}  # torch adds in the wider of the two dtypes
 
+    def squared_change(self, weight: Tensor) -> Tensor:
+        """``‖s B A‖² = s² Σ (A Aᵀ) ∘ (Bᵀ B)``: products of r x r, and no weight is written out."""
+        a, b = self.lora_A.flatten(1), self.lora_B.flatten(1)
+        return self.lora.scaling**2 * ((a @ a.T) * (b.T @ b)).sum()
+
     @classmethod
     def start(cls, module: Any, settings: LoRASettings, init: Init) -> dict[str, Tensor]:
         """Values for what is added to ``module``: A random, B zero."""
@@ -236,6 +241,7 @@ class DoRALayer(LoRALayer):
 
     lora_magnitude_vector: nn.Parameter  # m: (out,), for convolutions (1, out, 1, …)
     bias: Tensor | None
+    squared_change = Injected.squared_change
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """LoRA's output, without the bias times ``m / ‖W + s B A‖``."""
@@ -332,6 +338,7 @@ class ResidualLayer(LoRALayer):
     keeps = ("lora_A0", "lora_B0")
     lora_A0: Tensor  # (r, in)
     lora_B0: Tensor  # (out, r)
+    squared_change = Injected.squared_change  # a small difference of large products can't be told from their sizes
 
     def low_rank(self, x: Tensor) -> Tensor:
         """``B A dropout(x) - B₀ A₀ x``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -12,8 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
+from lightning_ft.general import watching
+from lightning_ft.injection import Origin, find_base
 from lightning_ft.optim import RateError, parameter_groups, scale_rates
 from lightning_ft.reporting import log_figure, log_table
+from lightning_ft.tasks.penalties.penalty import Ground, Penalty, Step
 from lightning_ft.tasks.task import Task, inputs_and_labels
 
 if TYPE_CHECKING:
@@ -34,6 +37,11 @@ class FineTuner(L.LightningModule):
         layer_decay: each layer's learning rate is that of the one above times this (1 for none); the head
             has the full rate (:func:`lightning_ft.optim.parameter_groups`).
         head_lr_ratio: how many times the rate of the base that of the head is.
+        penalties: terms beside the task's loss, one of a kind; what they compare with is the base as it is when the
+            first fit begins, or a checkpoint is first loaded.
+
+    Raises:
+        ValueError: for two penalties of a kind.
     """
 
     def __init__(
@@ -44,8 +52,12 @@ class FineTuner(L.LightningModule):
         scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         layer_decay: float = 1.0,
         head_lr_ratio: float = 1.0,
+        penalties: Sequence[Penalty] = (),
     ) -> None:
         super().__init__()
+        names = [penalty.name for penalty in penalties]
+        if len(set(names)) < len(names):
+            raise ValueError(f"FineTuner: each penalty once; there are {', '.join(names)}.")
         self.model = task.build(model) if isinstance(model, str) else model
         # from_pretrained gives a model in eval mode, and Lightning leaves modes alone.
         self.model.train()
@@ -55,16 +67,44 @@ class FineTuner(L.LightningModule):
         self.losses = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
         self._make_optimizer = optimizer or (lambda groups: torch.optim.AdamW(groups, lr=1e-3))
         self._make_scheduler = scheduler
+        self._penalties = [penalty for penalty in penalties if penalty.weight]
+        self._origin = Origin()
+        self._ground: Ground | None = None
 
     def forward(self, **inputs: Any) -> Any:
         """The task's outputs: of a classifier the logits (batch, classes), from ``input_ids`` (batch, tokens), …."""
         return self.task.outputs(self.model, inputs)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep of the base what the checkpoint is about to write over."""
+        self._remember()
+
+    def on_fit_start(self) -> None:
+        """Prepare the penalties, in a fit that resumes too."""
+        self._remember()
+        if self._penalties:
+            self._ground = Ground(self.model, self._origin)
+            for penalty in self._penalties:
+                penalty.prepare(self._ground)
+
+    def on_fit_end(self) -> None:
+        """Let go of the base as it was, but for what is needed to know it again."""
+        self._ground = None
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """The task's loss."""
+        """The task's loss, and the penalties'."""
         inputs, labels = inputs_and_labels(batch)
-        loss = self.task.loss(self(**inputs), labels)
-        self.log("train/loss", loss, prog_bar=True, batch_size=self.task.count(labels))
+        count = self.task.count(labels)
+        if self._ground is None:
+            loss = self.task.loss(self(**inputs), labels)
+        else:
+            with watching(self.model) as seen:
+                loss = self.task.loss(self(**inputs), labels)
+            step = Step(inputs, self.trainer.fit_loop.total_batch_idx, seen.hidden, seen.logits)
+            terms = {f"train/penalty/{p.name}": p.weight * p(self._ground, step) for p in self._penalties}
+            self.log_dict({"train/task_loss": loss, **terms}, batch_size=count)
+            loss = loss + torch.stack([*terms.values()]).sum()
+        self.log("train/loss", loss, prog_bar=True, batch_size=count)
         return loss
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
@@ -109,6 +149,10 @@ class FineTuner(L.LightningModule):
             )
         scheduler = self._make_scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _remember(self) -> None:
+        if any(penalty.needs_base(self.model) for penalty in self._penalties):
+            self._origin.remember(find_base(self.model))
 
     def _evaluate(self, stage: str, batch: Mapping[str, Any]) -> None:
         inputs, labels = inputs_and_labels(batch)
