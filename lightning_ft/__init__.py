@@ -15,10 +15,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lightning_ft.adapters import load_adapter, load_from_checkpoint, merge, save_adapter, unmerge
     from lightning_ft.bank import AdapterBank
+    from lightning_ft.callbacks.averaging import Averaging
+    from lightning_ft.callbacks.best import BestCheckpoint
     from lightning_ft.callbacks.efficiency import Efficiency
     from lightning_ft.callbacks.finetuning import FineTuning
+    from lightning_ft.callbacks.overfit import Overfitting
+    from lightning_ft.callbacks.retention import Retention
     from lightning_ft.data.mixing import MultiTaskDataModule
     from lightning_ft.data.module import TextDataModule
+    from lightning_ft.data.tags import Tags
     from lightning_ft.injection import InjectionError
     from lightning_ft.methods.adalora import AdaLoRA
     from lightning_ft.methods.adapter import Adapter, drop_adapters
@@ -33,14 +38,28 @@ if TYPE_CHECKING:
     from lightning_ft.methods.prompt import PromptTuning, PTuning
     from lightning_ft.tasks.classification import Classification
     from lightning_ft.tasks.finetuner import FineTuner
+    from lightning_ft.tasks.language import CausalLM, Seq2SeqLM
+    from lightning_ft.tasks.multilabel import MultiLabelClassification
     from lightning_ft.tasks.multitask import MultiTask
+    from lightning_ft.tasks.ordinal import Ordinal
+    from lightning_ft.tasks.penalties.ewc import EWC
+    from lightning_ft.tasks.penalties.kl import KL
+    from lightning_ft.tasks.penalties.l2 import L2, L2SP
+    from lightning_ft.tasks.penalties.penalty import Penalty
+    from lightning_ft.tasks.penalties.replay import Replay
+    from lightning_ft.tasks.regression import Regression
+    from lightning_ft.tasks.tagging import TokenClassification
 
 _HOMES = {
     "AdaLoRA": "lightning_ft.methods.adalora",
     "Adapter": "lightning_ft.methods.adapter",
     "AdapterBank": "lightning_ft.bank",
+    "Averaging": "lightning_ft.callbacks.averaging",
+    "BestCheckpoint": "lightning_ft.callbacks.best",
     "BitFit": "lightning_ft.methods.bitfit",
+    "CausalLM": "lightning_ft.tasks.language",
     "Classification": "lightning_ft.tasks.classification",
+    "EWC": "lightning_ft.tasks.penalties.ewc",
     "Efficiency": "lightning_ft.callbacks.efficiency",
     "FineTuner": "lightning_ft.tasks.finetuner",
     "FineTuning": "lightning_ft.callbacks.finetuning",
@@ -49,14 +68,27 @@ _HOMES = {
     "HeadOnly": "lightning_ft.methods.head",
     "IA3": "lightning_ft.methods.ia3",
     "InjectionError": "lightning_ft.injection",
+    "KL": "lightning_ft.tasks.penalties.kl",
+    "L2": "lightning_ft.tasks.penalties.l2",
+    "L2SP": "lightning_ft.tasks.penalties.l2",
     "LayerNormTuning": "lightning_ft.methods.layernorm",
     "LoRA": "lightning_ft.methods.lora",
+    "MultiLabelClassification": "lightning_ft.tasks.multilabel",
     "MultiTask": "lightning_ft.tasks.multitask",
     "MultiTaskDataModule": "lightning_ft.data.mixing",
+    "Ordinal": "lightning_ft.tasks.ordinal",
+    "Overfitting": "lightning_ft.callbacks.overfit",
     "PTuning": "lightning_ft.methods.prompt",
+    "Penalty": "lightning_ft.tasks.penalties.penalty",
     "PrefixTuning": "lightning_ft.methods.prefix",
     "PromptTuning": "lightning_ft.methods.prompt",
+    "Regression": "lightning_ft.tasks.regression",
+    "Replay": "lightning_ft.tasks.penalties.replay",
+    "Retention": "lightning_ft.callbacks.retention",
+    "Seq2SeqLM": "lightning_ft.tasks.language",
+    "Tags": "lightning_ft.data.tags",
     "TextDataModule": "lightning_ft.data.module",
+    "TokenClassification": "lightning_ft.tasks.tagging",
     "TopLayers": "lightning_ft.methods.freezing",
     "drop_adapters": "lightning_ft.methods.adapter",
     "load_adapter": "lightning_ft.adapters",
@@ -72,6 +104,8 @@ __all__ = [  # noqa: RUF022 - by use
     "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "drop_adapters",
     "InjectionError",
     "FineTuner", "Classification", "MultiTask", "TextDataModule", "MultiTaskDataModule", "Efficiency",
+    "TokenClassification", "Tags", "MultiLabelClassification", "Ordinal", "Regression", "CausalLM", "Seq2SeqLM",
+    "Penalty", "L2", "L2SP", "EWC", "KL", "Replay", "Retention", "Overfitting", "Averaging", "BestCheckpoint",
 ]  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def save_adapter(
         raise InjectionError("There is nothing to save: no parameter of the model trains. Inject a method first.")
     fields, added = _method_fields(base), injected_names(model)
     rooms = _rooms(fields)
-    inside = rooms[0].inside if len(rooms) == 1 else peft.INSIDE
+    inside = _inside(rooms)
     described = peft.describe_base(base.root, needs_task=inside != peft.INSIDE)
     config = {**described, **fields, "modules_to_save": _trained_whole(base)}
     tensors = {_file_name(base, key, inside): value for key, value in trained.items() if key not in added}
@@ -137,6 +137,8 @@ def inject_from_folder(
     saved = [name for name in config.get("modules_to_save") or () if any(m.endswith(f".{name}") for m in modules)]
     with all_or_nothing(model):
         rooms = _rooms(config, f"'{directory}'")
+        if rooms:
+            _untie(model, {_own_name(base, name, _inside(rooms)): tensor for name, tensor in tensors.items()})
         methods = []
         for room, fields in zip(rooms, config.get("methods", [config]), strict=bool(rooms)):
             tensors = room.read_peft(fields, tensors)
@@ -418,6 +420,10 @@ def _rooms(config: Mapping[str, Any], source: str = "it") -> list[type[FineTunin
     return [_ROOMS[kind] for kind in kinds if kind != "PARTIAL"]
 
 
+def _inside(rooms: Sequence[type[FineTuning]]) -> str:
+    return rooms[0].inside if len(rooms) == 1 else peft.INSIDE
+
+
 def _trained_whole(base: Base) -> list[str] | None:
     """The outermost modules of the root whose own parameters all train: PEFT's ``modules_to_save``."""
     if base.is_trained_whole():
@@ -438,6 +444,30 @@ def _without_ties(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         key: tensor for key, tensor in tensors.items() if seen.setdefault((tensor.data_ptr(), tensor.shape), key) == key
     }
+
+
+def _untie(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give modules that share a parameter parameters of their own, where an adapter has a value for some of them alone.
+
+    PEFT's ``modules_to_save`` copies the modules that it names, tied or not: what they shared keeps the base's value.
+    Our own folders name every module that shares a trained parameter.
+
+    Args:
+        model: the model.
+        values: an adapter's tensors by their names in it.
+    """
+    sharing: dict[nn.Parameter, dict[tuple[nn.Module, str], Tensor | None]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners = sharing.setdefault(parameter, {})
+                owners[module, key] = values.get(f"{path}.{key}".lstrip("."), owners.get((module, key)))
+    for parameter, owners in sharing.items():
+        given = [value for value in owners.values() if value is not None]
+        if len(given) < len(owners) or any(not torch.equal(value, given[0]) for value in given):
+            for (module, key), value in owners.items():
+                if value is not None:
+                    module._parameters[key] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
 
 
 def _warn_of_new_heads(base: Base, loaded: set[int], directory: str | Path) -> None:
@@ -477,7 +507,7 @@ def _places(
     directory: str | Path,
 ) -> list[tuple[str, Tensor, Tensor]]:
     """Each of an adapter's tensors, its name first, with the one of the model that takes its value."""
-    inside = rooms[0].inside if len(rooms) == 1 else peft.INSIDE
+    inside = _inside(rooms)
     own_names = {
         mixin.file_key(room.inside, path, file_name): base.prefixed(f"{path}.{key}".lstrip("."))
         for room in rooms
@@ -486,7 +516,7 @@ def _places(
         if mixin.method == room.peft_type
         for key, file_name in mixin.adds.items()
     }
-    live = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    live = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
     missing = [file_name for file_name in own_names if file_name not in tensors]
     if missing:
         raise StateError(f"'{directory}' is incomplete: it holds no {', '.join(missing[:3])}.")

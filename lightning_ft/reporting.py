@@ -41,6 +41,32 @@ def heat_map(values: Mapping[str, int], top: int, label: str) -> Figure:
     return figure
 
 
+def confusion_matrix(counts: Any, names: Sequence[str]) -> Figure:
+    """A picture of what was taken for what: a row a true label, a column a predicted one, shaded by the row's share.
+
+    Args:
+        counts: an array (labels, labels) of whole numbers.
+        names: of the labels, in order.
+    """
+    from matplotlib.figure import Figure
+
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    n = len(names)
+    size = 2.2 + 0.55 * max(n, 3)
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(n), names, rotation=45 if n > 4 else 0, ha="right" if n > 4 else "center")
+    axes.set_yticks(range(n), names)
+    axes.set(xlabel="predicted", ylabel="true")
+    for i in range(n):
+        for j in range(n):
+            color = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{int(counts[i, j])}", ha="center", va="center", color=color)
+    figure.colorbar(image, ax=axes, label="share of the true label", shrink=0.8)
+    return figure
+
+
 def _places(paths: Sequence[str]) -> list[tuple[str, str]]:
     """The layer and the kind of each module: of ``bert.encoder.layer.0.attention.query`` it's 0, ``attention.query``.
 

@@ -19,7 +19,17 @@ from transformers import (
 from lightning_ft import IA3, AdaLoRA, LoRA, PromptTuning
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.injection import injected_names
-from lightning_ft.optim import constant, cosine, linear, parameter_groups, scale_rates, warmup_steps
+from lightning_ft.optim import (
+    RateError,
+    constant,
+    cosine,
+    inverse_sqrt,
+    linear,
+    one_cycle,
+    parameter_groups,
+    scale_rates,
+    warmup_steps,
+)
 
 
 @pytest.fixture
@@ -121,6 +131,26 @@ def test_decoders_norm_goes_with_the_last_layer() -> None:
         assert rate[id(parameter)] == 0.5 ** (4 - found), name
 
 
+@pytest.mark.parametrize("lora", [True, False], ids=["frozen for LoRA", "all trains"])
+@pytest.mark.parametrize("d", [1.0, 0.5])
+def test_head_has_the_ratio_of_the_bases_rate_and_the_base_its_own(bert: PreTrainedModel, d: float, lora: bool) -> None:
+    if lora:
+        LoRA(r=2).inject(bert)
+    optimizer = scale_rates(torch.optim.AdamW(parameter_groups(bert, bert.bert, d, head_lr_ratio=10.0), lr=1e-3))
+    rate = rates(optimizer)
+    for name, parameter in bert.named_parameters():
+        if parameter.requires_grad:
+            expected = expected_bert_rate(name, 1e-3, d) if name.startswith("bert.") else 1e-2
+            assert rate[id(parameter)] == pytest.approx(expected), name
+    assert {g["name"] for g in optimizer.param_groups} >= {"head", "head_no_decay"} | ({"base"} if d == 1 else set())
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0])
+def test_head_lr_ratio_out_of_range_is_refused(bert: PreTrainedModel, ratio: float) -> None:
+    with pytest.raises(RateError, match=f"head_lr_ratio.*{ratio}"):
+        parameter_groups(bert, bert.bert, 1.0, ratio)
+
+
 @pytest.mark.parametrize("layer_decay", [0.0, 1.1])
 def test_layer_decay_out_of_range_is_refused(bert: PreTrainedModel, layer_decay: float) -> None:
     with pytest.raises(ValueError, match=f"layer_decay.*{layer_decay}"):
@@ -147,6 +177,7 @@ CLOSED_FORMS: dict[Schedule, Callable[[int, int, int], float]] = {
     linear: lambda step, total, warm: 1 - progress(step, total, warm),
     cosine: lambda step, total, warm: (1 + math.cos(math.pi * progress(step, total, warm))) / 2,
     constant: lambda step, total, warm: 1.0,
+    inverse_sqrt: lambda step, total, warm: math.sqrt((warm or 10_000) / (step - warm + (warm or 10_000))),
 }
 
 
@@ -161,6 +192,42 @@ def test_schedule_is_its_closed_form_at_every_step(schedule: Schedule) -> None:
             assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr * factor for lr in base])
             optimizer.step()
             scheduler.step()
+
+
+def test_inverse_sqrt_has_a_timescale_of_its_own_where_one_is_given() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = inverse_sqrt(optimizer, 100, warmup=0, timescale=4)
+    for step in range(20):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(math.sqrt(4 / (step + 4)))
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(("warmup", "warm"), [(0.25, 5), (7, 7), (0, 2), (1, 2)])
+def test_one_cycle_is_two_halves_of_a_cosine_for_each_group(warmup: float, warm: int) -> None:
+    total, base = 20, (1e-3, 0.5)
+    optimizer = torch.optim.AdamW([{"params": [nn.Parameter(torch.ones(1))], "lr": lr} for lr in base])
+    scheduler = one_cycle(optimizer, total, warmup, div_factor=10.0, final_div_factor=100.0)
+
+    def between(start: float, end: float, share: float) -> float:
+        return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+    for step in range(total):
+        if step < warm:
+            factor, beta = (between(*ends, step / (warm - 1)) for ends in ((0.1, 1), (0.95, 0.85)))
+        else:
+            share = (step - (warm - 1)) / (total - warm)
+            factor, beta = (between(*ends, share) for ends in ((1, 0.001), (0.85, 0.95)))
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr * factor for lr in base])
+        assert [group["betas"][0] for group in optimizer.param_groups] == pytest.approx([beta, beta])
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(2, 0.0), (10, 10)])
+def test_one_cycle_needs_steps_to_fall_in(total: int, warmup: float) -> None:
+    with pytest.raises(RateError, match="must fall after that"):
+        one_cycle(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0), total, warmup)
 
 
 def test_warmup_is_a_share_below_one_and_steps_from_there() -> None:

@@ -19,6 +19,8 @@ from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.data.module import TextDataModule
 from lightning_ft.tasks.finetuner import FineTuner
 
+AUTO = "auto"
+
 
 def register_resolvers() -> None:
     """``${package_dir:NAME,EXTRA}``: the folder of an installed package, which the named extra installs."""
@@ -39,7 +41,7 @@ def method(config: DictConfig) -> FineTuning:
 
 
 def finetuner(config: DictConfig, facts: Mapping[str, Any]) -> FineTuner:
-    """The module: the model with the task's head, the optimizer and the schedule.
+    """The module: the model with the task's head, the optimizer, the schedule and the penalties.
 
     Args:
         config: of the run.
@@ -48,7 +50,9 @@ def finetuner(config: DictConfig, facts: Mapping[str, Any]) -> FineTuner:
     task = instantiate(config.task, **facts, _convert_="all")
     optimizer = instantiate(config.optimizer, _convert_="all")
     scheduler = instantiate(config.scheduler, _convert_="all")
-    return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay)
+    ratio = config.get("head_lr_ratio", 1.0)  # older runs' configs have none
+    penalties = list(instantiate(config.get("regularizer") or {}, _convert_="all").values())  # older runs have none
+    return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay, ratio, penalties)
 
 
 def check(config: DictConfig) -> None:
@@ -57,20 +61,24 @@ def check(config: DictConfig) -> None:
         raise RequestError(f"seed must be a whole number from 0 to {2**32 - 1}, not {config.seed}.")
     if not isinstance(config.latency, int) or config.latency < 0:
         raise RequestError(f"latency must be a whole number of rounds, 0 for none, not {config.latency}.")
+    if config.data.get("streaming") and config.trainer.max_steps < 1:
+        raise RequestError("streamed data has no length: say when training ends, trainer.max_steps=...")
 
 
-def rate(config: DictConfig, method: str) -> float:
+def rate(config: DictConfig, method: str) -> float | str:
     """The learning rate that was asked for, or else that of the method in the config's table ``rates``.
 
+    ``"auto"`` is to be found (:func:`lightning_ft.apps.finder.find_rate`).
+
     Raises:
-        RequestError: if there is none, or it's no number.
+        RequestError: if there is none, or it's neither a number nor ``auto``.
     """
     asked = config.optimizer.lr
     found = config.rates.get(method) if asked is None else asked
     if found is None:
         raise RequestError(f"'{method}' has no learning rate: give +rates.{method}=..., or optimizer.lr=... for all.")
-    if not isinstance(found, (int, float)) or not found >= 0:
-        raise RequestError(f"the learning rate must be a number of at least 0, not {found}.")
+    if found != AUTO and (not isinstance(found, (int, float)) or not found >= 0):
+        raise RequestError(f"the learning rate must be a number of at least 0, or {AUTO}, not {found}.")
     return found
 
 

@@ -149,9 +149,8 @@ def refuse(findings: list[Finding], stop: set[str]) -> None:
 def _read(data: TextDataModule) -> tuple[dict[str, Dataset], dict[str, Rows]]:
     """The splits as they are given, and what the checks see of them."""
     from lightning_ft.data.quality.findings import rows_of
-    from lightning_ft.data.sources import read
 
-    raw = read(data.path, data.encoding)
+    raw = data.read()
     return raw, rows_of(raw, data.target, data.columns, str(data.path))
 
 

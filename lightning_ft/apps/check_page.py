@@ -131,7 +131,7 @@ def _labels(axes: Any, counts: Mapping[str, Mapping[str, int]]) -> None:
     axes.set_yticks(np.arange(len(names)) + 0.4 - height / 2, [name.replace("$", r"\$")[:24] for name in names])
     axes.set(title="Share of each label", ylim=(len(names), -0.5))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend()
+    axes.legend(loc="lower right")
 
 
 def _confidence(axes: Any, found: Examined) -> None:

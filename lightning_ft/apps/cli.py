@@ -15,7 +15,7 @@ from collections.abc import Sequence
 APPS = {
     "train": "fine-tune a model; writes a run folder",
     "evaluate": "score a run's adapter on a test split",
-    "predict": "classify texts with a run's adapter",
+    "predict": "classify or complete texts with a run's adapter",
     "check": "look for faults in data, and write a cleaned copy",
     "compare": "fine-tune by several methods, and compare them",
     "merge": "write a run as a plain Hugging Face model",
@@ -30,6 +30,8 @@ _QUOTED = (
     "data.path",
     "model.name",
     "check.fix",
+    "data.target.separator",
+    "data.target.template",
 )  # values that may hold what Hydra's grammar uses
 
 

@@ -60,12 +60,13 @@ def main(config: DictConfig) -> None:
         merged, _ = _values(trainer, module, data)
         change = (merged - unmerged).abs().max().item() if rows else 0.0
         if not change <= config.tolerance:  # nor if it isn't a number
+            kind = str(module.model.dtype).removeprefix("torch.")
             raise RequestError(
-                f"'{folder}' isn't merged, for a probability would change by {change:.2g}: the weights are kept in"
-                f" {str(module.model.dtype).removeprefix('torch.')}, and what is added to them is rounded to that."
+                f"'{folder}' isn't merged, for a {module.task.compared} would change by {change:.2g}: the weights are"
+                f" kept in {kind}, and what is added to them is rounded to that."
                 " If it will do: tolerance=1."
             )
-    compared = f"on {rows:,} test rows no probability differs by more than {_up(change):.1g}"
+    compared = f"on {rows:,} test rows no {module.task.compared} differs by more than {_up(change):.1g}"
     report.console.print(
         f"{folder} is merged in {out}: {type(module.model).__name__}, {parameters:,} parameters;"
         f" {compared if rows else 'not compared with the run'}.",

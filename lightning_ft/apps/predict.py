@@ -1,4 +1,4 @@
-"""``lightning-ft predict``: classify texts with a run's adapter."""
+"""``lightning-ft predict``: classify or complete texts with a run's adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_ft.apps.paths import conf_dir
 
 @hydra.main(config_path=str(conf_dir()), config_name="predict", version_base="1.3")
 def main(config: DictConfig) -> None:
-    """Print, or write as JSON lines, a label for each text."""
+    """Print, or write as JSON lines, what the run makes of each text."""
     run, out = config.run, None if config.out is None else Path(config.out).expanduser()
 
     import json

@@ -169,7 +169,17 @@ def track(what: str, items: Sequence[Any]) -> Iterable[Any]:
 def _cell(value: Any, form: str = ".2f") -> Text:
     if isinstance(value, float):
         return Text(format(value, form))
-    return Text(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+    if value is None:
+        return Text("")
+    return Text(", ".join(map(_said, value)) if isinstance(value, (list, tuple)) else str(value))
+
+
+def _said(item: Any) -> str:
+    """Of a mapping its words: ``Berlin (LOC)`` of ``{"text": "Berlin", "type": "LOC", "start": 7, …}``."""
+    if not isinstance(item, Mapping):
+        return str(item)
+    first, *more = [value for value in item.values() if isinstance(value, str)]
+    return f"{first} ({', '.join(more)})" if more else first
 
 
 def _size(count: int) -> str:

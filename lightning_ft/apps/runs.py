@@ -6,6 +6,7 @@ metrics/        metrics.csv, test_per_class.csv, test_confusion_matrix.png
 checkpoints/    best.ckpt and last.ckpt, of what was trained
 adapter/        the adapter with its head, in PEFT's format
 results.json    the figures of the table
+lr_finder.png   with optimizer.lr=auto, the curve that the rate was read from
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lightning_ft.apps.errors import RequestError
 from lightning_ft.files.card import Facts, Score
 from lightning_ft.tasks.task import score_of
 
-CONFIG, ADAPTER, RESULTS = "config.yaml", "adapter", "results.json"
+CONFIG, ADAPTER, RESULTS, CURVE = "config.yaml", "adapter", "results.json", "lr_finder.png"
 ROOT = Path("runs")
 
 
@@ -123,10 +124,12 @@ def card_facts(config: DictConfig, results: Mapping[str, Any]) -> Facts:
     facts: dict[str, Any] = {
         "base": base_name(config),
         "labels": _plain(config.task.get("labels")),
+        "template": OmegaConf.select(config, "data.target.template"),
         "scores": _scores(results.get("before", {}), results.get("after", {})),
         "settings": {key: value for key, value in _plain(config.method).items() if key != "_target_"},
         "training": _training(config, results),
         **{key: results.get(key) for key in ("method", "parameters", "trained", "rows", "versions")},
+        **results.get("card", {}),
     }
     if isinstance(data := _plain(config.data.path), str):
         local = data.startswith("bundled:") or Path(data).is_absolute() or Path(data).exists()

@@ -11,10 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_ft.apps.paths import conf_dir
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import lightning as L
+    from matplotlib.figure import Figure
 
     from lightning_ft.callbacks.efficiency import Efficiency
     from lightning_ft.callbacks.finetuning import FineTuning
+    from lightning_ft.data.module import TextDataModule
 
 log = logging.getLogger(__name__)
 
@@ -41,21 +45,25 @@ def train(config: DictConfig) -> float:
 
     import lightning as L
     from hydra.core.hydra_config import HydraConfig
+    from lightning.pytorch.loggers import CSVLogger
 
     from lightning_ft import save_adapter
     from lightning_ft.apps import build, latency, report, runs
     from lightning_ft.apps.check import before_training
-    from lightning_ft.reporting import log_folder
+    from lightning_ft.reporting import log_figure, log_folder
 
     folder, name = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().runtime.choices["method"]
     runs.refuse_used(folder)
     build.check(config)
     config.optimizer.lr = build.rate(config, name)
-    L.seed_everything(config.seed, verbose=False)
     log.info("Base: %s", config.model.name)  # before the data, whose tokenizer is the model's
-    data, method = build.datamodule(config), build.method(config)
+    data, curve = build.datamodule(config), None
     if config.check.before_training:
         before_training(config, data)
+    if found := config.optimizer.lr == build.AUTO:
+        config.optimizer.lr, curve = _find_rate(config, data, folder)
+    L.seed_everything(config.seed, verbose=False)  # after the search, of which the run shows no trace
+    method = build.method(config)
     module = build.finetuner(config, data.facts)
     trainer, efficiency = _trainer(config, method)
     runs.save_config(folder, config, data.facts)
@@ -63,6 +71,8 @@ def train(config: DictConfig) -> float:
     settings: Any = OmegaConf.to_container(runs.load_config(folder), resolve=True)
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
+    if curve is not None:
+        log_figure([logger for logger in trainer.loggers if not isinstance(logger, CSVLogger)], "lr_finder", curve, 0)
 
     before = build.quiet_trainer(config).test(module, data, verbose=False)[0] if config.test_before else {}
     trainer.fit(module, data)
@@ -82,12 +92,14 @@ def train(config: DictConfig) -> float:
         "validation": validation,
         "monitor": config.monitor,
         "mode": config.mode,
-        **_costs(module, trainer, efficiency),
+        **_costs(trainer, efficiency),
         "lr": config.optimizer.lr,
-        "rows": {split: len(rows) for split, rows in data.splits.items()},
+        "lr_found": found,
+        "rows": data.sizes,
         "steps": steps,
         "epochs": epochs,
         "latency": None,
+        "card": module.task.card(),
     }
     card = runs.card_facts(runs.load_config(folder), results)
     adapter = save_adapter(module, folder / runs.ADAPTER, method.backbone, card)
@@ -109,6 +121,16 @@ def train(config: DictConfig) -> float:
     return float(validation[config.monitor])
 
 
+def _find_rate(config: DictConfig, data: TextDataModule, folder: Path) -> tuple[float, Figure]:
+    """The rate that Lightning's finder finds, and its curve, which goes into the folder."""
+    from lightning_ft.apps import runs
+    from lightning_ft.apps.finder import find_rate
+
+    rate, curve = find_rate(config, data)
+    curve.savefig(folder / runs.CURVE, dpi=150)
+    return rate, curve
+
+
 def _trainer(config: DictConfig, method: FineTuning) -> tuple[L.Trainer, Efficiency]:
     """The Trainer with the method, the config's callbacks and its loggers; and what measures the costs."""
     from hydra.utils import instantiate
@@ -123,18 +145,16 @@ def _trainer(config: DictConfig, method: FineTuning) -> tuple[L.Trainer, Efficie
     return instantiate(config.trainer, callbacks=[method, *callbacks], logger=loggers, _convert_="all"), efficiency
 
 
-def _costs(module: L.LightningModule, trainer: L.Trainer, efficiency: Efficiency) -> dict[str, Any]:
+def _costs(trainer: L.Trainer, efficiency: Efficiency) -> dict[str, Any]:
     """What training took, and on what."""
     import torch
 
-    from lightning_ft.callbacks.finetuning import count_parameters
     from lightning_ft.files.card import versions
 
-    parameters, trained = count_parameters(module)
     device = trainer.strategy.root_device
     return {
-        "parameters": parameters,
-        "trained": trained,
+        "parameters": efficiency.parameters,
+        "trained": efficiency.trained,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "seconds": efficiency.seconds,
         "peak_memory_mib": efficiency.peak_memory_mib,

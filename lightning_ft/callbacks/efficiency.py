@@ -26,11 +26,14 @@ class Efficiency(Callback):
     validation) and ``cost/peak_memory_mib`` (of the GPU's allocator, or of the process on a CPU).
 
     Attributes:
+        parameters, trained: how many the model had in ``fit``, and how many of them trained at most: methods unfreeze
+            some on the way (gradual unfreezing), or take some out at the end (AdaLoRA).
         seconds: how long ``fit`` took, all in all.
         peak_memory_mib: the highest figure so far.
     """
 
     def __init__(self) -> None:
+        self.parameters = self.trained = 0
         self.seconds = 0.0
         self.peak_memory_mib = 0.0
         self._started = self._epoch_started = self._validation_started = 0.0
@@ -38,9 +41,10 @@ class Efficiency(Callback):
         self._samples = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock, and count what trains."""
         self._started = time.perf_counter()
-        reset_peak_memory(pl_module.device)
+        self.parameters, self.trained = count_parameters(pl_module)
+        reset_peak_memory(trainer.strategy.root_device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A fit that resumes within an epoch starts none: it counts from here."""
@@ -67,8 +71,9 @@ class Efficiency(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's figures."""
         total, trained = count_parameters(pl_module)
+        self.trained = max(self.trained, trained)
         seconds = time.perf_counter() - self._epoch_started - self._paused
-        self.peak_memory_mib = peak_memory_mib(pl_module.device)
+        self.peak_memory_mib = peak_memory_mib(trainer.strategy.root_device)
         pl_module.log_dict(
             {
                 "cost/trained_share": trained / total,
@@ -78,9 +83,9 @@ class Efficiency(Callback):
         )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
+        """Stop the clock. The module has left the device that it trained on by now."""
         self.seconds = time.perf_counter() - self._started
-        self.peak_memory_mib = peak_memory_mib(pl_module.device)
+        self.peak_memory_mib = peak_memory_mib(trainer.strategy.root_device)
 
 
 def _samples_in(batch: Any) -> float:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from itertools import compress
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
@@ -69,8 +69,9 @@ class FineTuning(Callback, ABC):
         self.modules_to_save = modules_to_save
         self.backbone = backbone
         self._told = False  # what injection did, once for fit, validate and test
-        self._held: list[tuple[nn.Module, bool]] = []  # modules with the modes that they train in
-        self._modes: list[tuple[nn.Module, bool]] = []  # those of them that had another, with it
+        self._norms: list[nn.Module] = []  # frozen ones, which evaluate while a batch trains
+        self._evaluated: list[nn.Module] = []  # those of them that were in training mode
+        self._adapted: list[Injected] = []  # whose own dropout drops while a batch trains
         self._neighbours: list[FineTuning] = []
 
     peft_type: ClassVar[str]
@@ -167,29 +168,25 @@ class FineTuning(Callback, ABC):
         """Find the modules whose modes matter: frozen BatchNorms evaluate, injected dropouts drop.
 
         Lightning's ``fit`` doesn't call ``.train()``, and ``requires_grad=False`` doesn't stop a BatchNorm's
-        running statistics. Everything else keeps the mode that the user gave it.
+        running statistics. Everything else keeps the mode that the user gave it, the dropout of a module that carries
+        something (attention) too.
         """
         self._restore_modes()  # a batch that a hook skips has no end
         base = find_base(pl_module, self.backbone)
-        # What acts on inputs has no dropout, and the module that it is on (a whole trunk, an attention) may have one.
-        layers = [
-            cast(nn.Module, layer)
-            for _, layer in injected_modules(base.root)
-            if any(mixin.acts_on != "inputs" for mixin in layer._mixins)
-        ]
-        self._held = [*((norm, False) for norm in _frozen_norms(base)), *((layer, True) for layer in layers)]
+        self._norms = list(_frozen_norms(base))
+        self._adapted = [layer for _, layer in injected_modules(base.root)]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Give them those modes for as long as the batch trains; what must evaluate goes by no ``.train()`` in it.
 
         Not by hooks on their forward: what torch.compile compiled earlier would pass those by.
         """
-        for module, training in self._held:
-            if module.training != training:
-                self._modes.append((module, module.training))
-                module.training = training
-            if not training:
-                module.train = lambda mode=True, module=module: module  # type: ignore[method-assign, misc]  # noqa: ARG005
+        self._evaluated += [norm for norm in self._norms if norm.training]
+        for norm in self._norms:
+            norm.training = False
+            norm.train = lambda mode=True, norm=norm: norm  # type: ignore[method-assign, misc]  # noqa: ARG005
+        for layer in self._adapted:
+            layer.added_drops = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -201,7 +198,7 @@ class FineTuning(Callback, ABC):
         """Give the module its hooks and modes back."""
         _restore_hooks(pl_module)
         self._restore_modes()
-        self._held = []
+        self._norms, self._adapted = [], []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the module its hooks and modes back."""
@@ -216,8 +213,9 @@ class FineTuning(Callback, ABC):
 
     def _inject(self, model: nn.Module, anew: bool = True) -> None:
         """Inject this method and its neighbours; unless ``anew``, not into a base that was merged."""
-        # Those that add nothing first: what of the base they train is theirs, whoever trained it before.
-        methods = sorted([self, *self._neighbours], key=lambda method: bool(method.layers))
+        # Those that add nothing first: what of the base they train is theirs, whoever trained it before. Then those
+        # that train modules whole, which the others leave out.
+        methods = sorted([self, *self._neighbours], key=lambda m: (bool(m.layers), not m.modules_to_save))
         if not anew:
             methods = [method for method in methods if not is_thawed(find_base(model, method.backbone))]
         with all_or_nothing(model):  # where one is refused, none goes in
@@ -227,11 +225,12 @@ class FineTuning(Callback, ABC):
             self._told = True
 
     def _restore_modes(self) -> None:
-        for module, _ in self._held:
-            vars(module).pop("train", None)
-        while self._modes:
-            module, training = self._modes.pop()
-            module.training = training
+        for norm in self._norms:
+            vars(norm).pop("train", None)
+        while self._evaluated:
+            self._evaluated.pop().training = True
+        for layer in self._adapted:
+            vars(layer).pop("added_drops", None)
 
     def _refuse_others(self, trainer: Trainer) -> list[FineTuning]:
         """The other methods of this Trainer, if this one goes with them."""

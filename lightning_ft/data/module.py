@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
-from lightning_ft.data.batching import LengthBucketedSampler
-from lightning_ft.data.sources import complete, read
-from lightning_ft.data.targets import Classes, Columns, Target, check
-from lightning_ft.tasks.pretrained import load_pretrained
+from lightning_ft.data import cache
+from lightning_ft.data.batching import LengthBucketedSampler, evaluation_batch_size
+from lightning_ft.data.sources import SPLITS, DataError, complete, read
+from lightning_ft.data.streaming import StreamedRows, StreamLoader, first_rows, open_streams, read_facts
+from lightning_ft.data.targets import Classes, Columns, Facts, Target, check
+from lightning_ft.tasks.pretrained import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,13 +41,23 @@ class TextDataModule(L.LightningDataModule):
         max_length: longer texts are cut to this many tokens; by default what the model takes, at most 512.
         batch_size: in training; evaluation uses twice as many.
         num_workers: processes that make batches; 0 is best for texts, which are tokenised beforehand.
-        encoding: of CSV, TSV and JSONL files.
+        encoding: of CSV, TSV, JSONL, CoNLL and TXT files.
+        format: what files are whose ending doesn't say it, e.g. ``"conll"``.
+        name: of the configuration, where a data set on the hub has several.
+        pin_memory: whether batches are made in memory that a GPU reads fast; by default where there is one.
+        persistent_workers: whether the processes live on from epoch to epoch; by default they do.
+        cache: whether tokenised data is kept on disk for later runs (:mod:`lightning_ft.data.cache`).
+        streaming: whether training rows are read as training goes on, for data that doesn't fit in memory
+            (:mod:`lightning_ft.data.streaming`). Validation and test rows have files of their own then.
+        buffer: of streamed rows, how many are held, shuffled, and put into batches of like length at a time.
+        evaluation_rows: of streamed splits, how many of the first rows are validated and tested on.
+        known: what the task must know of streamed training rows, which otherwise are read for it once before training.
 
     Attributes:
         reserved: positions to leave free where ``max_length`` isn't given, for the virtual tokens of a soft prompt.
 
     Raises:
-        ValueError: for a batch size below 1.
+        ValueError: for a batch size or a buffer below 1.
         DataError: in ``setup``, naming the file, the row or the column, and the cure.
     """
 
@@ -63,25 +75,38 @@ class TextDataModule(L.LightningDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
         encoding: str = "utf-8",
+        format: str | None = None,
+        name: str | None = None,
+        pin_memory: bool | None = None,
+        persistent_workers: bool = True,
+        cache: bool = True,
+        streaming: bool = False,
+        buffer: int = 10_000,
+        evaluation_rows: int = 10_000,
+        known: Facts | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
-        self.path, self.columns, self.encoding = path, Columns(text, label), encoding
+        for option, value in (("batch_size", batch_size), ("buffer", buffer), ("evaluation_rows", evaluation_rows)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{option} must be a whole number of at least 1, not {value!r}.")
+        self.path, self.columns = path, Columns(text, label)
+        self.encoding, self.name, self.format = encoding, name, format
         self.target = target or Classes()
         self.validation, self.test, self.seed = validation, test, seed
         self.max_length, self.batch_size, self.num_workers = max_length, batch_size, num_workers
+        self.pin_memory, self.persistent_workers, self.cache = pin_memory, persistent_workers, cache
+        self.streaming, self.buffer, self.evaluation_rows, self.known = streaming, buffer, evaluation_rows, known
         self.reserved = 0
         self._tokenizer_name = tokenizer
-        self._splits: dict[str, Dataset] = {}
+        self._splits: dict[str, Any] = {}
+        self._sizes: dict[str, int] = {}
         self._facts: dict[str, Any] = {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; where it has no token for padding, it pads with the end of the text."""
-        tokenizer = load_pretrained(AutoTokenizer, self._tokenizer_name)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = load_tokenizer(self._tokenizer_name)
+        self.target.prepare(tokenizer)
         return tokenizer
 
     @property
@@ -101,37 +126,70 @@ class TextDataModule(L.LightningDataModule):
         return self.facts["labels"]
 
     @property
-    def splits(self) -> dict[str, Dataset]:
-        """The tokenised splits: columns ``input_ids``, ``attention_mask``, …, ``labels``, ``length``."""
+    def splits(self) -> dict[str, Any]:
+        """The tokenised splits: columns ``input_ids``, ``attention_mask``, …, ``labels``, ``length``.
+
+        Data sets, but for training rows that are streamed.
+        """
         self.setup("fit")
         return self._splits
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of rows of each split; of streamed ones it may not be known."""
+        self.setup("fit")
+        return self._sizes
+
+    def prepare_data(self) -> None:
+        """Of several processes on a machine one tokenises, for all."""
+        self.setup("fit")
+
+    def read(self) -> dict[str, Dataset]:
+        """The splits as they are given; errors as of :func:`lightning_ft.data.sources.read`."""
+        return read(self.path, self.encoding, self.name, self.format)
 
     def setup(self, stage: str) -> None:
         """Read, check, split and tokenise; once."""
         if self._splits:
             return
         source = str(self.path)
-        raw = read(self.path, self.encoding)
-        check(raw, self.target, self.columns, source)
-        raw = complete(
-            raw, partial(self.target.strata, columns=self.columns), self.validation, self.test, self.seed, source
-        )
-        self._facts = self.target.facts(raw["train"], self.columns, source)  # of what is left of it
-        self._splits = {split: self._encode(rows, self._facts) for split, rows in raw.items()}
-        sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in self._splits.items())
+        if self.target.packing and self.reserved:
+            raise DataError(
+                f"Packing puts several examples in a row, and the method's {self.reserved} virtual tokens would be"
+                " before the first of them alone: data.target.packing=false, or another method."
+            )
+        splits, self._facts, self._sizes = self._open(source) if self.streaming else self._read(source)
+        sizes = ", ".join(f"{count:,} {split}" for split, count in self._sizes.items())
         log.info("%s: %s rows; %s", source, sizes, self.target.describe(self._facts))
+        self._splits = splits
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of like length, in an order that changes by the epoch."""
-        return self._loader(self.splits["train"], self.batch_size, self.seed)
+        """Batches of like length, in an order that changes by the epoch.
+
+        Raises:
+            DataError: if data is streamed, and nothing says when training ends.
+        """
+        rows = self.splits["train"]
+        if not self.streaming:
+            return self._loader(rows, self.batch_size, self.seed)
+        if self.trainer is not None and self.trainer.max_steps < 1:
+            raise DataError("Streamed data has no length: say when training ends, trainer.max_steps=...")
+        # As its processes are told of the epoch, so of their share.
+        rows.num_replicas, rows.rank = self._share
+        return StreamLoader(
+            rows,
+            epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
+            batch_size=self.batch_size,
+            **{**self._how, "persistent_workers": False},
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation split, longest first."""
-        return self._loader(self.splits["validation"], 2 * self.batch_size, None)
+        return self._evaluation_loader(self.splits["validation"], "validation")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The test split, longest first."""
-        return self._loader(self.splits["test"], 2 * self.batch_size, None)
+        return self._evaluation_loader(self.splits["test"], "test")
 
     def scoring_dataloader(self, facts: Mapping[str, Any]) -> DataLoader[Any]:
         """Other data to score a trained model on: its test split, or all of it where it has but one split.
@@ -139,10 +197,10 @@ class TextDataModule(L.LightningDataModule):
         Args:
             facts: those of the training.
         """
-        raw = read(self.path, self.encoding)
+        raw = self.read()
         rows = raw.get("test") or raw[next(iter(raw))]
         check({"test": rows}, self.target, self.columns, str(self.path), facts)
-        return self._loader(self._encode(rows, facts), 2 * self.batch_size, None)
+        return self._evaluation_loader(self._encode(rows, facts, str(self.path)), "test")
 
     def texts_dataloader(self, texts: Sequence[str]) -> DataLoader[Any]:
         """Batches of new texts, in their order, for ``Trainer.predict``."""
@@ -150,15 +208,81 @@ class TextDataModule(L.LightningDataModule):
         rows: Any = [{key: values[0] for key, values in row.items()} for row in encoded]
         return DataLoader(rows, batch_size=self.batch_size, collate_fn=self.target.collator(self.tokenizer))
 
-    def _encode(self, rows: Dataset, facts: Mapping[str, Any]) -> Dataset:
-        return self.target.encode(rows, self.columns, facts, self.tokenizer, self.token_limit)
+    def _read(self, source: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+        """The splits, the facts and the sizes of data that is held whole."""
+        raw = self.read()
+        check(raw, self.target, self.columns, source)
+        raw = complete(
+            raw, partial(self.target.strata, columns=self.columns), self.validation, self.test, self.seed, source
+        )
+        facts = self.target.facts(raw["train"], self.columns, source)  # of what is left of it
+        for split, rows in raw.items():
+            self.target.check_known(rows, self.columns, facts, f"{source}, {split}, as it was split")
+        splits = {split: self._encode(rows, facts, f"{source}, {split}") for split, rows in raw.items()}
+        splits["train"] = self.target.arranged(splits["train"], self.token_limit)
+        return splits, facts, {split: len(rows) for split, rows in splits.items()}
+
+    def _open(self, source: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+        """The same of data whose training rows are streamed."""
+        streams = open_streams(self.path, self.encoding, self.name, self.format)
+        if missing := [split for split in SPLITS if split not in streams]:
+            raise DataError(
+                f"{source}: there is no split {' and no split '.join(missing)}, and a stream can't be split by ratio."
+                " Give a folder with files train, validation and test."
+            )
+        train, where, sizes = streams["train"], f"{source}, train", {}
+        if self.known is None:
+            facts, sizes["train"] = read_facts(train, self.target, self.columns, where)
+        else:
+            facts = dict(self.known)
+        held = {split: first_rows(streams[split], self.evaluation_rows) for split in ("validation", "test")}
+        check(held, self.target, self.columns, source, facts)
+
+        def encode(rows: Dataset) -> Dataset:
+            self.target.check(rows, self.columns, where)
+            self.target.check_known(rows, self.columns, facts, where)
+            return self.target.encode(rows, self.columns, facts, self.tokenizer, self.token_limit)
+
+        splits: dict[str, Any] = {"train": StreamedRows(train, encode, self.batch_size, self.buffer, self.seed)}
+        splits |= {split: self._encode(rows, facts, f"{source}, {split}") for split, rows in held.items()}
+        return splits, facts, sizes | {split: len(rows) for split, rows in held.items()}
+
+    def _encode(self, rows: Dataset, facts: Mapping[str, Any], where: str) -> Dataset:
+        try:
+            encoded, before = cache.encoded(
+                rows, self.target, self.columns, facts, self.tokenizer, self.token_limit, self.cache
+            )
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        if before:
+            log.info("%s: %s rows were tokenised before: reused (%s)", self.path, f"{len(rows):,}", cache.cache_dir())
+        return encoded
+
+    @property
+    def _share(self) -> tuple[int, int]:
+        """Over how many processes the Trainer's strategy deals out rows, and which of them this is."""
+        dealt = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+        return dealt.get("num_replicas", 1), dealt.get("rank", 0)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """What loaders have alike."""
+        return {
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
+            "persistent_workers": self.persistent_workers and self.num_workers > 0,
+            "collate_fn": self.target.collator(self.tokenizer),
+        }
+
+    def _evaluation_loader(self, rows: Dataset, split: str) -> DataLoader[Any]:
+        processes, _ = self._share
+        if 0 < len(rows) < processes:
+            raise DataError(
+                f"{self.path}, {split}: {len(rows)} rows are too few for {processes} processes, which need one each."
+            )
+        return self._loader(rows, evaluation_batch_size(len(rows), 2 * self.batch_size, processes), None)
 
     def _loader(self, rows: Dataset, batch_size: int, seed: int | None) -> DataLoader[Any]:
-        return DataLoader(
-            rows.remove_columns("length"),
-            batch_size=batch_size,
-            sampler=LengthBucketedSampler(rows["length"][:], batch_size, seed),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=self.target.collator(self.tokenizer),
-        )
+        processes, rank = self._share
+        sampler = LengthBucketedSampler(rows["length"][:], batch_size, seed, num_replicas=processes, rank=rank)
+        return DataLoader(rows.remove_columns("length"), batch_size=batch_size, sampler=sampler, **self._how)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Features
+from datasets.fingerprint import generate_random_fingerprint
 
-from lightning_ft.data.sources import DataError, check_column, check_rows, quiet_bars
+from lightning_ft.data.sources import DataError, check_column, check_rows, quiet_bars, row_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,12 @@ class Target(ABC):
 
     label_kind: ClassVar[LabelKind] = "class"
 
+    packing: bool = False
+    """Whether :meth:`arranged` puts several examples in a row, which virtual tokens before the row don't go with."""
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: B027
+        """Give the tokenizer what encoding needs of it, so that it's saved with it; DataError if it can't be had."""
+
     @abstractmethod
     def check(self, rows: Dataset, columns: Columns, where: str) -> None:
         """Raise DataError, naming the row and the column, unless each row of a split has what it needs.
@@ -53,6 +60,17 @@ class Target(ABC):
         Raises:
             DataError: if there is nothing to learn.
         """
+
+    def facts_of_stream(self, chunks: Iterable[Dataset], columns: Columns, where: str) -> dict[str, Any]:
+        """As :meth:`facts`, of rows that come in chunks, once, and are too many to hold.
+
+        Raises:
+            DataError: if there is nothing to learn, or it can't be told without holding all rows.
+        """
+        raise DataError(
+            f"{where}: what {type(self).__name__} must know of the rows isn't read from a stream. Say it, under the"
+            " names of the task's arguments: data.known.NAME=..."
+        )
 
     def check_known(self, rows: Dataset, columns: Columns, facts: Facts, where: str) -> None:  # noqa: B027
         """Raise DataError if a row of a split has what training, of which ``facts`` are, never saw."""
@@ -80,6 +98,10 @@ class Target(ABC):
 
         return mapped(rows, encode)
 
+    def arranged(self, rows: Dataset, limit: int) -> Dataset:
+        """The encoded rows of training as they go into batches, of at most ``limit`` tokens each."""
+        return rows
+
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Makes a batch of encoded rows."""
         from transformers import DataCollatorWithPadding
@@ -104,7 +126,21 @@ class Classes(Target):
 
     def facts(self, rows: Dataset, columns: Columns, where: str) -> dict[str, Any]:
         """``labels`` in the order of their ids (the data's own, or numeric, or alphabetical), ``label_counts``."""
-        labels, counts = label_names(rows, columns.label), Counter(row_labels(rows, columns.label))
+        return self.facts_of_stream([rows], columns, where)
+
+    def facts_of_stream(self, chunks: Iterable[Dataset], columns: Columns, where: str) -> dict[str, Any]:
+        """The same; only the different labels are held."""
+        values: Counter[Any] = Counter()
+        for rows in chunks:
+            values.update(rows[columns.label])
+            feature = rows.features[columns.label]
+        kinds = {type(value) for value in values}  # a file's parts may have been taken for numbers, or not
+        found = list(values) if len(kinds) == 1 else list(map(str, values))
+        features = Features({columns.label: feature}) if isinstance(feature, ClassLabel) else None
+        distinct = Dataset.from_dict({columns.label: found}, features)
+        labels, counts = label_names(distinct, columns.label), Counter[str]()
+        for label, count in zip(row_labels(distinct, columns.label), values.values(), strict=True):
+            counts[label] += count
         if len(labels) < 2:
             raise DataError(f"{where}: column '{columns.label}' has only one label, '{labels[0]}': nothing to learn.")
         return {"labels": labels, "label_counts": [counts[label] for label in labels]}
@@ -205,7 +241,12 @@ def mapped(rows: Dataset, encode: Callable[[dict[str, list[Any]], list[int]], di
 
     with quiet_bars(len(rows)):
         return rows.map(
-            with_length, batched=True, with_indices=True, remove_columns=rows.column_names, desc="tokenising"
+            with_length,
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            new_fingerprint=generate_random_fingerprint(),  # what is kept for later, and known by, is data.cache's
+            desc="tokenising",
         )
 
 
@@ -246,7 +287,7 @@ def check_texts(rows: Dataset, columns: Columns, where: str) -> None:
 
 def check_labels(labels: Sequence[Sequence[str]], known: Sequence[str], where: str) -> None:
     """Raise DataError if a row has a label that isn't among those of training; ``labels`` are each row's."""
-    unseen = [(i + 1, label) for i, row in enumerate(labels) for label in row if label not in set(known)]
+    unseen = [(row_number(i), label) for i, row in enumerate(labels) for label in row if label not in set(known)]
     if unseen:
         row, label = unseen[0]
         raise DataError(

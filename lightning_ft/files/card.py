@@ -58,6 +58,12 @@ class Facts(TypedDict, total=False):
     """How many rows each split has."""
     labels: Sequence[str]
     """In the order of their ids."""
+    head: Mapping[str, Any]
+    """What the base is loaded with to have such a head, beside its labels: ``{"num_labels": 1}``."""
+    reading: str
+    """How the model's outputs are read, where it isn't by taking the largest."""
+    template: str
+    """How a language model's prompt and completion make a text: ``"{prompt} {completion}"``."""
     scores: Sequence[Score]
     training: Mapping[str, Any]
     """How it was trained, in words of the reader's: ``{"learning rate": 1e-3, "epochs": 3}``."""
@@ -132,7 +138,9 @@ def model_card(config: Mapping[str, Any], parameters: int, library: Library, fac
         f"# {method} over {over}",
         f"Fine-tuned with lightning_ft. This folder holds {parameters:,} parameters{_share(known)}.",
         _scores(known.get("scores") or ()),
-        "## Loading\n\n" + _loading(library, base, auto_class, known.get("labels"), pools_prompt(config)),
+        "## Loading\n\n" + _loading(library, base, auto_class, known, pools_prompt(config)),
+        _generating(library, base, known.get("template")) if auto_class == "AutoModelForCausalLM" else "",
+        known.get("reading") or "",
         *(f"## {title}\n\n{_items(values)}" for title, values in sections.items() if values),
         "## Licence\n\nNone is named yet. Name one in the front matter (`license: ...`) before you share this; those of"
         " the base and of the data may bind you.",
@@ -188,9 +196,7 @@ def _scores(scores: Sequence[Score]) -> str:
     return "\n".join(["| test | before | after |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _loading(
-    library: Library, base: str | None, auto_class: str | None, labels: Sequence[str] | None, pools: bool
-) -> str:
+def _loading(library: Library, base: str | None, auto_class: str | None, facts: Facts, pools: bool) -> str:
     here = '"path/of/this/folder"'
     if library == "transformers":
         name = auto_class or "AutoModel"
@@ -201,14 +207,15 @@ def _loading(
         )
     model = "model = ...  # the base that it was trained over, with the same head"
     if base and auto_class:
-        source = _literal(base if _is_on_hub(base) else f"path/of/{_last_part(base)}")
+        source = _literal(_source(base))
         model = f"from transformers import {auto_class}\n\n"
-        if labels:
+        arguments = [source, *(f"{key}={_literal(value)}" for key, value in (facts.get("head") or {}).items())]
+        if labels := facts.get("labels"):
             model += f"labels = {_literal(list(labels))}\n"
-            model += f"model = {auto_class}.from_pretrained({source}, id2label=dict(enumerate(labels)))"
-        else:
-            asked = "  # and num_labels=..., as in training" if auto_class.endswith("Classification") else ""
-            model += f"model = {auto_class}.from_pretrained({source}){asked}"
+            arguments.insert(1, "id2label=dict(enumerate(labels))")
+        unknown = auto_class.endswith("Classification") and len(arguments) == 1
+        asked = "  # and num_labels=..., as in training" if unknown else ""
+        model += f"model = {auto_class}.from_pretrained({', '.join(arguments)}){asked}"
     ours = f"import lightning_ft\n\nlightning_ft.load_adapter(model, {here})"
     theirs = f"from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, {here})"
     texts = ["First the base:", _python(model), "Then, with lightning_ft:", _python(ours)]
@@ -219,6 +226,21 @@ def _loading(
     else:
         texts += ["or with stock PEFT:", _python(theirs)] if library == "peft" else ["Stock PEFT can't load it whole."]
     return "\n\n".join(texts)
+
+
+def _generating(library: Library, base: str | None, template: str | None) -> str:
+    folder = "path/of/this/folder" if library == "transformers" else _source(base or "base")
+    prompt = (template or "{prompt}").partition("{completion}")[0].rstrip().replace("{prompt}", "Once upon a time")
+    return "To complete a text:\n\n" + _python(
+        "from transformers import AutoTokenizer\n\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({_literal(folder)})\n"
+        f'inputs = tokenizer({_literal(prompt)}, return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"
+    )
+
+
+def _source(base: str) -> str:
+    return base if _is_on_hub(base) else f"path/of/{_last_part(base)}"
 
 
 def _settings(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
@@ -232,6 +254,7 @@ def _settings(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
 def _data(facts: Facts) -> dict[str, Any]:
     rows = [f"{count:,} {split}" for split, count in (facts.get("rows") or {}).items()]
     told = {"data": _last_part(facts.get("data")), "rows": rows, "labels": list(facts.get("labels") or ())}
+    told["template"] = facts.get("template")
     return {key: value for key, value in told.items() if value}
 
 

@@ -104,7 +104,9 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     directory = Path(directory)
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
-            there = ", ".join(sorted(p.name for p in directory.iterdir())) if directory.is_dir() else "no such folder"
+            if not directory.is_dir():
+                raise FileNotFoundError(f"There is no folder '{directory}'.")
+            there = ", ".join(sorted(p.name for p in directory.iterdir())) or "nothing"
             pickled = directory / "adapter_model.bin"
             cure = (
                 f" '{pickled.name}' is a pickle, which can run code: save it again as safetensors."

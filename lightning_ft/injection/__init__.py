@@ -1,6 +1,7 @@
 """Where things go in: pure torch, no Lightning, no Hugging Face import."""
 
 from lightning_ft.injection.layers import layer_depths, layer_numbers
+from lightning_ft.injection.origin import Origin, refuse_unfoldable
 from lightning_ft.injection.surgery import (
     Injected,
     Layer,
@@ -42,6 +43,7 @@ __all__ = [
     "Injected",
     "InjectionError",
     "Layer",
+    "Origin",
     "Trunk",
     "VirtualTokens",
     "all_or_nothing",
@@ -67,6 +69,7 @@ __all__ = [
     "match_modules",
     "match_names",
     "refuse_injected",
+    "refuse_unfoldable",
     "remembering",
     "resolve_targets",
     "thaw",

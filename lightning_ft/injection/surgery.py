@@ -51,9 +51,23 @@ class Injected:
     keeps: ClassVar[tuple[str, ...]] = ()
     as_vectors: ClassVar[tuple[str, ...]] = ()
 
+    added_drops: bool | None = None
+    """Whether dropout of what was added drops, whatever mode the module was left in; None: as that says."""
+    training: bool
+
     # Set on the classes that `_combine` makes.
     _mixins: ClassVar[tuple[type[Injected], ...]] = ()
     _original: ClassVar[type[nn.Module]]
+
+    @property
+    def in_training(self) -> bool:
+        """Whether what was added trains; ``training`` would decide on dropout of the module's own (attention) too."""
+        return self.training if self.added_drops is None else self.added_drops
+
+    def train(self, mode: bool = True) -> Any:
+        """As the module's own; who sets a mode means what was added too."""
+        vars(self).pop("added_drops", None)
+        return super().train(mode)  # type: ignore[misc]
 
     def folded(self, weight: Tensor) -> dict[str, Tensor]:
         """The module's own parameters as they are with what was added written into them.
@@ -62,6 +76,17 @@ class Injected:
             weight: the module's weight, dense.
         """
         raise NotImplementedError
+
+    def squared_change(self, weight: Tensor) -> Tensor:
+        """``‖W' - W‖²``, a scalar: how far what was added takes the module's parameters.
+
+        A method that can tell it without writing W' out does so: that is the memory of the weights once more.
+
+        Args:
+            weight: as for :meth:`folded`.
+        """
+        changes = [now - getattr(self, key).detach() for key, now in self.folded(weight).items()]
+        return torch.stack([change.square().sum() for change in changes]).sum()
 
     @classmethod
     def check_mergeable(cls, name: str) -> None:
@@ -217,7 +242,7 @@ def inject_layers(
 
     Args:
         base: where.
-        plan: a layer for each path, relative to the base's root.
+        plan: a layer for each path, relative to the base's root; what another method trains whole is left out.
         method: the name of the method that asks, for messages and for :func:`freeze_base`.
         saved, parameters: what of the base trains too, as for :func:`freeze_base`.
 
@@ -225,8 +250,10 @@ def inject_layers(
         The paths in the model that was searched.
 
     Raises:
-        InjectionError: if the base carries this method elsewhere or otherwise, or a module can't carry it.
+        InjectionError: if the base carries this method elsewhere or otherwise, or a module can't carry it, or nothing
+            is left of the plan.
     """
+    plan = _without_whole(base, plan, method)
     kinds = {layer.mixin.method for layer in plan.values()}
     present = [name for name, layer in injected_modules(base.root) if any(m.method in kinds for m in layer._mixins)]
     if present and set(present) != set(plan):
@@ -245,6 +272,25 @@ def inject_layers(
     for name, layer in new.items():
         attach(base.root, name, layer.mixin, layer.settings, starts[name])
     return [base.prefixed(name) for name in plan]
+
+
+def _without_whole(base: Base, plan: Mapping[str, Layer], method: str) -> dict[str, Layer]:
+    """What is left of ``plan`` without the modules that another method trains whole: these need no adapter."""
+    record = vars(base.root).get(_FROZEN, {"trained": {}})
+    whole = {name for other, names in record["trained"].items() if other != method for name in names}
+    added = injected_names(base.root)
+
+    def is_whole(path: str) -> bool:
+        own = {name for name, _ in base.root.get_submodule(path).named_parameters(prefix=path)} - added
+        return bool(own) and own <= whole
+
+    left = {path: layer for path, layer in plan.items() if layer.mixin.acts_on == "inputs" or not is_whole(path)}
+    if plan and not left:
+        raise InjectionError(
+            f"Nothing is left for {method}: another method of this model trains {_few(plan)} whole already"
+            " (modules_to_save). Name other modules, or leave one of the two methods out."
+        )
+    return left
 
 
 def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -297,8 +343,10 @@ def freeze_base(base: Base, method: str, saved: Sequence[str] = (), parameters: 
         parameters: names, in its root, of parameters that train.
 
     Raises:
-        InjectionError: if ``method`` trained other parts of it before, which would go on training unsaid.
+        InjectionError: if ``method`` trained other parts of it before, which would go on training unsaid, or a module
+            in ``saved`` carries what another method added.
     """
+    _refuse_adapted(base, method, saved)
     trained = _trained(base, saved, parameters)
     record = vars(base.root).get(_FROZEN) or {"parts": [], "parameters": [], "trained": {}}
     before = record["trained"].get(method, trained)
@@ -323,6 +371,18 @@ def freeze_base(base: Base, method: str, saved: Sequence[str] = (), parameters: 
     unfreeze(base.root.get_submodule(name) for name in saved)
     for name in parameters:
         base.root.get_parameter(name).requires_grad_(True)
+
+
+def _refuse_adapted(base: Base, method: str, saved: Sequence[str]) -> None:
+    """A module that trains whole needs no adapter beside its weights, and files would have no place for it."""
+    inside = tuple(f"{name}." for name in saved)
+    for path, layer in injected_modules(base.root):
+        there = next((mixin for mixin in layer._mixins if mixin.acts_on != "inputs"), None)
+        if there is not None and f"{path}.".startswith(inside):
+            raise InjectionError(
+                f"{method} is to train '{path}' whole (modules_to_save), which carries {there.method} already. Inject"
+                f" {method} first, and {there.method} leaves it out; or merge what is there."
+            )
 
 
 def train_own(
@@ -489,8 +549,9 @@ def forget(model: nn.Module) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Take off what was injected, and thaw what was frozen, within the block if it raises."""
+    """Take off what was injected, thaw what was frozen and tie what was untied within the block if it raises."""
     carried = {module: module._mixins for _, module in injected_modules(model)}
+    held = [(module, dict(module._parameters)) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     marks = (_FROZEN, _THAWED)
     marked = [(m, copy.deepcopy({key: vars(m)[key] for key in marks if key in vars(m)})) for m in model.modules()]
@@ -501,6 +562,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             for mixin in module._mixins:
                 if mixin not in carried.get(module, ()):
                     detach(model, name, mixin)
+        for part, parameters in held:
+            part._parameters.update(parameters)
         for owner, own in marked:
             for key in marks:
                 vars(owner).pop(key, None)

@@ -125,13 +125,16 @@ def resolve_targets(
         supported: whether the method knows this kind of module.
         excluded: paths that are trained whole and so aren't targets.
         exclude_modules: what of the found is left out, written as ``target_modules`` is.
-        layers_to_transform: indices of the layers to stay in; not with a regular expression, which can say it.
+        layers_to_transform: indices of the layers to stay in, an empty list for all; not with a regular expression,
+            which can say it.
         layers_pattern: name of the list of layers, where it isn't the first numbered one (``"layer"``, ``"h"``).
 
     Raises:
-        InjectionError: if nothing matches, or what does isn't supported. A part of a list that matches nothing, beside
-            others that do, is warned of.
+        InjectionError: if nothing matches, or what does isn't supported, or ``layers_pattern`` stands alone. A part of
+            a list that matches nothing, beside others that do, is warned of.
     """
+    if layers_pattern and layers_to_transform is None:
+        raise InjectionError("layers_pattern names the list that layers_to_transform counts in: say which layers.")
     excluded = tuple(f"{path}." for path in excluded)
     names = {n: module for n, module in base.named_modules() if n and not f"{n}.".startswith(excluded)}
     if target_modules is None:
@@ -185,9 +188,9 @@ def _left_in(found: list[str], names: dict[str, nn.Module], exclude_modules: str
 def _in_layers(
     found: list[str], layers_to_transform: int | Sequence[int] | None, layers_pattern: str | Sequence[str] | None
 ) -> list[str]:
-    if layers_to_transform is None:
+    wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform or ())
+    if not wanted:
         return found
-    wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform)
     lists = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or [r"[^.]*"]
     layer_of = {name: int(match[1]) for name in found if (match := _layer_index(name, lists)) is not None}
     there = sorted(set(layer_of.values()))

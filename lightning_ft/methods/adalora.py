@@ -218,13 +218,12 @@ class AdaLoRALayer(Injected):
     lora_A: nn.Parameter  # Q: (r, in)
     lora_B: nn.Parameter  # P: (out, r)
     lora_E: nn.Parameter  # λ: (r, 1)
-    training: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output plus the low-rank one; shapes are the module's."""
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
         x = first_tensor(args, kwargs).to(self.lora_A.dtype)
-        x = F.dropout(x, self.adalora.lora_dropout, self.training)
+        x = F.dropout(x, self.adalora.lora_dropout, self.in_training)
         low_rank = F.linear(F.linear(x, self.lora_A * self.lora_E), self.lora_B)
         return out + (self.adalora.scaling * low_rank).to(out.dtype)
 
@@ -302,16 +301,20 @@ def alive(layer: Any) -> Tensor:
 def prune(layer: AdaLoRALayer, kept: Tensor, optimizers: Iterable[Optimizer] = ()) -> None:
     """Take all triplets but ``kept`` (r,) out of a layer, and out of what optimizers remember of it.
 
-    In place: the parameters stay the objects that optimizers and the user hold.
+    In place: the parameters stay the objects that optimizers and the user hold. ``kept`` may lie on another device.
     """
     rows = kept.nonzero()[:, 0]
+
+    def left(tensor: Tensor, axis: int) -> Tensor:
+        return tensor.index_select(axis, rows.to(tensor.device))
+
     for key, axis in _RANK_AXIS.items():
         parameter, shape = getattr(layer, key), getattr(layer, key).shape
         parameter.grad = None
-        parameter.data = parameter.data.index_select(axis, rows)
+        parameter.data = left(parameter.data, axis)
         for state in (optimizer.state[parameter] for optimizer in optimizers if parameter in optimizer.state):
             tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.ndim}
-            state.update({n: t.index_select(axis, rows) for n, t in tensors.items() if t.shape == shape})
+            state.update({n: left(t, axis) for n, t in tensors.items() if t.shape == shape})
             if any(t.shape != shape for t in tensors.values()):  # of its own kind (Adafactor): it starts anew
                 state.clear()
 
@@ -569,7 +572,9 @@ class AdaLoRA(FineTuning):
             )
             allocator.allocate(self._layers, self.target_r * len(self._layers))
             allocator.mask(self._layers)
-        ranks = {path: int(mask.sum()) for path, mask in allocator.masks.items()}
+        # A checkpoint of after the end has no masks; where none was to be taken out, it resumes with all ranks.
+        full = {path: len(layer.lora_E) for path, layer in self._layers.items()}
+        ranks = full | {path: int(mask.sum()) for path, mask in allocator.masks.items()}
         rank_zero_info(
             f"AdaLoRA: ranks of {min(ranks.values())} to {max(ranks.values())},"
             f" {sum(ranks.values()) / len(ranks):.1f} on average, of {self.init_r} at first"
@@ -582,7 +587,8 @@ class AdaLoRA(FineTuning):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the masked triplets.
 
-        The last that happens in a fit: weight averaging copies into tensors of the old size in on_train_end.
+        The last that happens in a fit: weight averaging copies into tensors of the old size in on_train_end. Lightning
+        has moved the module and the optimizers' state off the GPU by then, and the masks are still there.
         """
         masks = self._allocator.masks if self._allocator is not None else {}
         for path, layer in self._layers.items():  # none where a resumed fit found that it had nothing left to do

@@ -104,15 +104,14 @@ class AdapterLayer(Injected):
     adapter_up_bias: nn.Parameter  # c: (width of h,)
     adapter_left_out: bool = False
     """Whether AdapterDrop leaves it out of this training batch."""
-    training: bool
 
     def with_adapter(self, h: Tensor, x: Tensor) -> Tensor:
         """``h + s · (U f(D x + b) + c)``, with dropout on what f gives."""
-        if self.adapter_left_out and self.training:
+        if self.adapter_left_out and self.in_training:
             return h
         # The adapter computes in its own precision, fp32 unless autocast says otherwise.
         narrow = F.linear(x.to(self.adapter_down.dtype), self.adapter_down, self.adapter_down_bias)
-        bent = F.dropout(_NON_LINEARITIES[self.adapter.non_linearity](narrow), self.adapter.dropout, self.training)
+        bent = F.dropout(_NON_LINEARITIES[self.adapter.non_linearity](narrow), self.adapter.dropout, self.in_training)
         return h + (self.adapter.scaling * F.linear(bent, self.adapter_up, self.adapter_up_bias)).to(h.dtype)
 
 

@@ -87,7 +87,6 @@ class LoRALayer(Injected):
     lora_A: nn.Parameter  # (r, in)
     lora_B: nn.Parameter  # (out, r)
     weight: Tensor
-    training: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output plus the low-rank one; shapes are the module's."""
@@ -97,7 +96,7 @@ class LoRALayer(Injected):
 
     def low_rank(self, x: Tensor) -> Tensor:
         """``B A dropout(x)``: (..., in) to (..., out)."""
-        x = F.dropout(x.to(self.lora_A.dtype), self.lora.dropout, self.training)
+        x = F.dropout(x.to(self.lora_A.dtype), self.lora.dropout, self.in_training)
         return self.project(x, self.lora_A, self.lora_B)
 
     def project(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -115,6 +114,11 @@ class LoRALayer(Injected):
     def folded(self, weight: Tensor) -> dict[str, Tensor]:
         """``W + s · B A``, summed in fp32 or more."""
         return {"weight": weight + self.delta()}  # torch adds in the wider of the two dtypes
+
+    def squared_change(self, weight: Tensor) -> Tensor:
+        """``‖s B A‖² = s² Σ (A Aᵀ) ∘ (Bᵀ B)``: products of r x r, and no weight is written out."""
+        a, b = self.lora_A.flatten(1), self.lora_B.flatten(1)
+        return self.lora.scaling**2 * ((a @ a.T) * (b.T @ b)).sum()
 
     @classmethod
     def start(cls, module: Any, settings: LoRASettings, init: Init) -> dict[str, Tensor]:
@@ -237,6 +241,7 @@ class DoRALayer(LoRALayer):
 
     lora_magnitude_vector: nn.Parameter  # m: (out,), for convolutions (1, out, 1, …)
     bias: Tensor | None
+    squared_change = Injected.squared_change
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """LoRA's output, without the bias times ``m / ‖W + s B A‖``."""
@@ -333,6 +338,7 @@ class ResidualLayer(LoRALayer):
     keeps = ("lora_A0", "lora_B0")
     lora_A0: Tensor  # (r, in)
     lora_B0: Tensor  # (out, r)
+    squared_change = Injected.squared_change  # a small difference of large products can't be told from their sizes
 
     def low_rank(self, x: Tensor) -> Tensor:
         """``B A dropout(x) - B₀ A₀ x``."""
@@ -388,6 +394,7 @@ def qr_part(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 _PRINCIPAL = {"pissa": principal_part, "olora": qr_part}
+_PLAIN_INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")  # PEFT's that leave W as it is
 
 
 class ResidualLinear(ResidualLayer, LoRALinear):
@@ -526,9 +533,11 @@ class LoRA(FineTuning):
             assert layer is not None
             settings = LoRASettings(ranks[name], alphas[name], self.dropout, self.use_rslora)
             plan[name] = Layer(layer, settings, partial(layer.start, module, settings, self.init_lora_weights))
-        new = not any(isinstance(base.root.get_submodule(name), LoRALayer) for name in names)
+        modules = {name: base.root.get_submodule(name) for name in names}
+        new = not any(isinstance(module, LoRALayer) for module in modules.values())
         paths = inject_layers(base, plan, "LoRA", saved, _biases(base, names)[self.bias])
-        if new and (advice := rank_advice(base.root, ranks)):
+        layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
+        if new and (advice := rank_advice(layers)):
             rank_zero_info(advice)
         return paths
 
@@ -588,8 +597,8 @@ class LoRA(FineTuning):
             "monteclora_config", "layer_replication", "target_parameters", "trainable_token_indices",
         )  # fmt: skip
         found = [key for key in unknown if config.get(key)]
-        init = str(config.get("init_lora_weights", True))
-        if init.startswith(("pissa_niter", "corda", "loftq", "lora_ga")):  # they change W, and not reproducibly
+        init = str(config.get("init_lora_weights", True)).lower()  # as PEFT reads it
+        if init not in (*_PLAIN_INITS, *_PRINCIPAL):  # corda, loftq and others change W, and not reproducibly
             found.append(f"init_lora_weights={init}")
         if found:
             raise ValueError(
@@ -603,7 +612,7 @@ class LoRA(FineTuning):
             exactly(targets),
             rank_pattern=_that_match(config.get("rank_pattern"), targets),
             alpha_pattern=_that_match(config.get("alpha_pattern"), targets),
-            init_lora_weights="pissa" if init == "pissa" else "olora" if init == "olora" else "kaiming",
+            init_lora_weights=init if init in _PRINCIPAL else "kaiming",  # type: ignore[arg-type]
             use_rslora=config.get("use_rslora", False),
             use_dora=config.get("use_dora", False),
             bias=config.get("bias", "none"),
@@ -644,9 +653,9 @@ def _biases(base: Base, targets: Sequence[str]) -> dict[Bias, list[str]]:
     }
 
 
-def rank_advice(root: nn.Module, ranks: Mapping[str, int]) -> str | None:
+def rank_advice(layers: Mapping[str, LoRALayer]) -> str | None:
     """What to say of ranks outside 1% to 10% of their module's smaller dimension, where there are such."""
-    layers: dict[str, Any] = {name: root.get_submodule(name) for name in ranks}
+    ranks = {name: layer.lora.r for name, layer in layers.items()}
     sizes = {name: min(layer.lora_A.shape[1], layer.lora_B.shape[0]) for name, layer in layers.items()}
     usual = {name: (math.ceil(size / 100), max(1, size // 10)) for name, size in sizes.items()}
     unusual = [name for name, r in ranks.items() if not usual[name][0] <= r <= usual[name][1]]

@@ -17,8 +17,10 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
-from lightning_ft.tasks.pretrained import load_pretrained
+from lightning_ft.reporting import confusion_matrix
+from lightning_ft.tasks.pretrained import load_classifier
 from lightning_ft.tasks.task import Batch, Table, Task, inputs_and_labels
+from lightning_ft.tasks.weights import in_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,21 +61,15 @@ class Classification(Task):
         self.metrics = nn.ModuleDict({stage: _metrics(len(labels)) for stage in ("val", "test")})
 
     def build(self, name: str) -> PreTrainedModel:
-        """The pretrained model with a new head for these labels; errors as of :func:`load_pretrained`."""
-        from transformers import AutoModelForSequenceClassification
-
+        """The pretrained model with a new head for these labels; errors as of :func:`load_classifier`."""
         names = dict(enumerate(self.labels))
-        model = load_pretrained(
-            AutoModelForSequenceClassification,
+        return load_classifier(
             name,
             num_labels=len(self.labels),
             id2label=names,
             label2id={label: i for i, label in names.items()},
             problem_type="single_label_classification",  # by which transformers' pipeline takes the softmax
         )
-        if model.config.pad_token_id is None:  # decoders find a row's last token by it
-            model.config.pad_token_id = model.config.eos_token_id
-        return model
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy: logits (batch, classes), labels (batch,) to a scalar, computed in fp32."""
@@ -105,24 +101,8 @@ class Classification(Task):
 
     def pictures(self, stage: str) -> dict[str, Figure]:
         """The confusion matrix: a row a true label, a column a predicted one, shaded by the share of the row."""
-        from matplotlib.figure import Figure
-
         counts = self._of(stage).compute()["confusion"].cpu().numpy()
-        shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-        n = len(self.labels)
-        size = 2.2 + 0.55 * max(n, 3)
-        figure = Figure(figsize=(size + 0.8, size), layout="constrained")
-        axes = figure.add_subplot()
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(range(n), self.labels, rotation=45 if n > 4 else 0, ha="right" if n > 4 else "center")
-        axes.set_yticks(range(n), self.labels)
-        axes.set(xlabel="predicted", ylabel="true")
-        for i in range(n):
-            for j in range(n):
-                color = "white" if shares[i, j] > 0.5 else "black"
-                axes.text(j, i, f"{int(counts[i, j])}", ha="center", va="center", color=color)
-        figure.colorbar(image, ax=axes, label="share of the true label", shrink=0.8)
-        return {"confusion_matrix": figure}
+        return {"confusion_matrix": confusion_matrix(counts, self.labels)}
 
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         """For each row the label, its probability, and all probabilities."""
@@ -169,12 +149,4 @@ def _weights(
         if counts is None or len(counts) != len(labels) or min(counts) < 1:
             raise ValueError("class_weights='balanced' needs label_counts: how often each label occurs in training.")
         return torch.tensor([sum(counts) / (len(counts) * count) for count in counts], dtype=torch.float32)
-    if isinstance(weights, Mapping):
-        if set(weights) != set(labels):
-            raise ValueError(f"class_weights names {sorted(weights)}; the labels are {sorted(labels)}.")
-        weights = [weights[label] for label in labels]
-    if len(weights) != len(labels) or min(weights) < 0 or max(weights) == 0:
-        raise ValueError(
-            f"class_weights must be {len(labels)} numbers of at least 0, not all of them 0, not {list(weights)}."
-        )
-    return torch.tensor(weights, dtype=torch.float32)
+    return in_order(labels, weights, "class_weights")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
 
+from lightning_ft.general import watching
+from lightning_ft.injection import Origin, find_base
 from lightning_ft.optim import RateError, parameter_groups, scale_rates
 from lightning_ft.reporting import log_figure, log_table
+from lightning_ft.tasks.penalties.penalty import Ground, Penalty, Step
 from lightning_ft.tasks.task import Task, inputs_and_labels
 
 if TYPE_CHECKING:
@@ -32,6 +36,12 @@ class FineTuner(L.LightningModule):
             ``partial(lightning_ft.optim.linear, warmup=0.1)``; none for a constant rate.
         layer_decay: each layer's learning rate is that of the one above times this (1 for none); the head
             has the full rate (:func:`lightning_ft.optim.parameter_groups`).
+        head_lr_ratio: how many times the rate of the base that of the head is.
+        penalties: terms beside the task's loss, one of a kind; what they compare with is the base as it is when the
+            first fit begins, or a checkpoint is first loaded.
+
+    Raises:
+        ValueError: for two penalties of a kind.
     """
 
     def __init__(
@@ -41,25 +51,60 @@ class FineTuner(L.LightningModule):
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         layer_decay: float = 1.0,
+        head_lr_ratio: float = 1.0,
+        penalties: Sequence[Penalty] = (),
     ) -> None:
         super().__init__()
+        names = [penalty.name for penalty in penalties]
+        if len(set(names)) < len(names):
+            raise ValueError(f"FineTuner: each penalty once; there are {', '.join(names)}.")
         self.model = task.build(model) if isinstance(model, str) else model
         # from_pretrained gives a model in eval mode, and Lightning leaves modes alone.
         self.model.train()
         self.task = task
-        self.layer_decay = layer_decay
+        self.layer_decay, self.head_lr_ratio = layer_decay, head_lr_ratio
+        # Of all processes' rows: Lightning's own mean over processes rounds the numbers of rows down.
+        self.losses = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
         self._make_optimizer = optimizer or (lambda groups: torch.optim.AdamW(groups, lr=1e-3))
         self._make_scheduler = scheduler
+        self._penalties = [penalty for penalty in penalties if penalty.weight]
+        self._origin = Origin()
+        self._ground: Ground | None = None
 
     def forward(self, **inputs: Any) -> Any:
         """The task's outputs: of a classifier the logits (batch, classes), from ``input_ids`` (batch, tokens), …."""
         return self.task.outputs(self.model, inputs)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep of the base what the checkpoint is about to write over."""
+        self._remember()
+
+    def on_fit_start(self) -> None:
+        """Prepare the penalties, in a fit that resumes too."""
+        self._remember()
+        if self._penalties:
+            self._ground = Ground(self.model, self._origin)
+            for penalty in self._penalties:
+                penalty.prepare(self._ground)
+
+    def on_fit_end(self) -> None:
+        """Let go of the base as it was, but for what is needed to know it again."""
+        self._ground = None
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """The task's loss."""
+        """The task's loss, and the penalties'."""
         inputs, labels = inputs_and_labels(batch)
-        loss = self.task.loss(self(**inputs), labels)
-        self.log("train/loss", loss, prog_bar=True, batch_size=self.task.count(labels))
+        count = self.task.count(labels)
+        if self._ground is None:
+            loss = self.task.loss(self(**inputs), labels)
+        else:
+            with watching(self.model) as seen:
+                loss = self.task.loss(self(**inputs), labels)
+            step = Step(inputs, self.trainer.fit_loop.total_batch_idx, seen.hidden, seen.logits)
+            terms = {f"train/penalty/{p.name}": p.weight * p(self._ground, step) for p in self._penalties}
+            self.log_dict({"train/task_loss": loss, **terms}, batch_size=count)
+            loss = loss + torch.stack([*terms.values()]).sum()
+        self.log("train/loss", loss, prog_bar=True, batch_size=count)
         return loss
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
@@ -79,39 +124,60 @@ class FineTuner(L.LightningModule):
         self.task.end_epoch()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics."""
+        """Log the metrics, and the tables of a task that has some for validations."""
+        self._log_tables("val")
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics, the task's tables and its pictures."""
-        for name, (columns, rows) in self.task.tables("test").items():
-            log_table(self.loggers, f"test/{name}", columns, rows)
+        self._log_tables("test")
         for name, figure in self.task.pictures("test").items():
             log_figure(self.loggers, f"test/{name}", figure, self.trainer.global_step)
         self._log_scores("test")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig | Optimizer:
         """The optimizer over what trains, and the schedule by the step."""
-        groups = parameter_groups(self, self.model.base_model, self.layer_decay)
+        groups = parameter_groups(self, self.model.base_model, self.layer_decay, self.head_lr_ratio)
         optimizer = scale_rates(self._make_optimizer(groups))
         if self._make_scheduler is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
         if not steps < float("inf"):
-            raise RateError("A learning-rate schedule needs an end: set max_epochs or max_steps in the Trainer.")
+            raise RateError(
+                "A learning-rate schedule needs an end: set max_steps in the Trainer, or max_epochs where data has a"
+                " length."
+            )
         scheduler = self._make_scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _remember(self) -> None:
+        if any(penalty.needs_base(self.model) for penalty in self._penalties):
+            self._origin.remember(find_base(self.model))
 
     def _evaluate(self, stage: str, batch: Mapping[str, Any]) -> None:
         inputs, labels = inputs_and_labels(batch)
         outputs = self(**inputs)
         self.task.update(stage, outputs, labels)
-        self.log(f"{stage}/loss", self.task.loss(outputs, labels), batch_size=self.task.count(labels))
+        self.task.observe(stage, self.model, batch)
+        self._loss_of(stage).update(self.task.loss(outputs, labels), self.task.count(labels))
+
+    def _log_tables(self, stage: str) -> None:
+        if stage in self.task.tables_after and self.loggers and not self.trainer.sanity_checking:
+            for name, (columns, rows) in self.task.tables(stage).items():
+                log_table(self.loggers, f"{stage}/{name}", columns, rows)
 
     def _log_scores(self, stage: str) -> None:
         if self.trainer.sanity_checking:  # of a few batches, whose scores mean nothing
             self.task.reset(stage)
+            self._loss_of(stage).reset()
             return
+        self.log(f"{stage}/loss", self._loss_of(stage).compute())
+        self._loss_of(stage).reset()
         scores = {f"{stage}/{name}": value for name, value in self.task.scores(stage).items()}
         self.log_dict(scores, prog_bar=stage == "val")
         self.task.reset(stage)
+
+    def _loss_of(self, stage: str) -> MeanMetric:
+        metric = self.losses[stage]
+        assert isinstance(metric, MeanMetric)
+        return metric

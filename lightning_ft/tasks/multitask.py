@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,22 @@ class MissingTaskError(UserError):
     """A task had no data in an epoch."""
 
 
-class Fixed(nn.Module):
+class Weighting(nn.Module, ABC):
+    """How the losses of several tasks become one."""
+
+    @abstractmethod
+    def prepare(self, tasks: Mapping[str, Task]) -> None:
+        """Hear which tasks there are. Raise ValueError if that doesn't fit."""
+
+    @abstractmethod
+    def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a batch, from those of the tasks that it has."""
+
+    def end_epoch(self, means: Mapping[str, float]) -> None:
+        """Hear each task's mean loss in the epoch of training that ends."""
+
+
+class Fixed(Weighting):
     """L = Σ w_k L_k.
 
     Args:
@@ -44,11 +60,8 @@ class Fixed(nn.Module):
         """The weighted sum of a batch's losses, by task."""
         return torch.stack([self.weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
 
-    def end_epoch(self, means: Mapping[str, float]) -> None:
-        """Hear each task's mean loss in the epoch of training that ends."""
 
-
-class Uncertainty(nn.Module):
+class Uncertainty(Weighting):
     """Weights that are learned, by each task's noise σ_k (Kendall, Gal & Cipolla 2018, https://arxiv.org/abs/1705.07115).
 
     L = Σ c_k exp(-s_k) L_k + s_k / 2 with s_k = log σ_k²; c_k is 1/2 for a squared error, whose likelihood is
@@ -68,11 +81,8 @@ class Uncertainty(nn.Module):
             terms.append(self.factors[name] * torch.exp(-s) * loss + s / 2)
         return torch.stack(terms).sum()
 
-    def end_epoch(self, means: Mapping[str, float]) -> None:
-        """Nothing: the weights are learned by the step."""
 
-
-class DynamicWeightAverage(nn.Module):
+class DynamicWeightAverage(Weighting):
     """Weights by how slowly each loss falls (Liu, Johns & Davison 2019, https://arxiv.org/abs/1803.10704, equation 7).
 
     w_k(t) = K exp(r_k / T) / Σ_i exp(r_i / T) with r_k = L_k(t-1) / L_k(t-2), over the mean losses of the last two
@@ -126,9 +136,7 @@ class MultiTask(Task):
         ValueError: if there are fewer than two tasks, or the weighting doesn't fit them.
     """
 
-    def __init__(
-        self, tasks: Mapping[str, Task], weighting: Fixed | Uncertainty | DynamicWeightAverage | None = None
-    ) -> None:
+    def __init__(self, tasks: Mapping[str, Task], weighting: Weighting | None = None) -> None:
         super().__init__()
         if len(tasks) < 2:
             raise ValueError(f"MultiTask needs at least two tasks; there is {', '.join(tasks) or 'none'}.")
@@ -136,7 +144,7 @@ class MultiTask(Task):
         self.heads = nn.ModuleDict()
         self.weighting = weighting or Fixed()
         self.weighting.prepare(tasks)
-        self._means = nn.ModuleDict({name: MeanMetric() for name in tasks})
+        self._means: Any = nn.ModuleDict({name: MeanMetric() for name in tasks})
         self._seen: dict[str, set[str]] = {}  # by stage, the tasks that had data
         # Hugging Face models that say of the trunk's outputs what their heads make of them. They're no children: what
         # they hold is the trunk's, or among the heads.
@@ -155,7 +163,7 @@ class MultiTask(Task):
             kind = type(models[lacking[0]]).__name__
             raise ValueError(f"The task '{lacking[0]}' can't share a trunk: {kind} has no trunk under its head.")
         # One with a pooler serves those without it too.
-        trunk: Any = max(trunks.values(), key=lambda module: sum(1 for _ in module.parameters()))  # type: ignore[union-attr]
+        trunk: Any = max(trunks.values(), key=lambda module: len(list(module.parameters())))  # type: ignore[union-attr]
         for key, model in models.items():
             setattr(model, model.base_model_prefix, self._given)
             children = {n: child for n, child in model.named_children() if child is not self._given}

@@ -6,9 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_ft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ModelNotFoundError(UserError, OSError):
@@ -40,6 +43,31 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
             f"The model '{name}' can't be loaded: it isn't a local folder, and from the hub: {why}."
             " Give the path of a folder with config.json and model.safetensors, or a name from huggingface.co."
         ) from error
+
+
+def load_classifier(name: str, **head: Any) -> PreTrainedModel:
+    """A pretrained model with a new linear head over a whole text.
+
+    Args:
+        name: as of :func:`load_pretrained`; so are errors.
+        head: fields of its config: ``num_labels``, ``id2label``, ``problem_type``, ….
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model = load_pretrained(AutoModelForSequenceClassification, name, **head)
+    if model.config.pad_token_id is None:  # decoders find a row's last token by it
+        model.config.pad_token_id = model.config.eos_token_id
+    return model
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer; where it has no token for padding, it pads with the end of the text. Errors as of the model."""
+    from transformers import AutoTokenizer
+
+    tokenizer = load_pretrained(AutoTokenizer, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 @contextmanager

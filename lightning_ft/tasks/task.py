@@ -30,6 +30,9 @@ class Task(nn.Module, ABC):
     likelihood_factor: ClassVar[float] = 1.0
     """The negative log likelihood, where the noise is 1, over the loss: 1/2 for a squared error."""
 
+    tables_after: ClassVar[tuple[str, ...]] = ("test",)
+    """The stages whose tables are logged."""
+
     @abstractmethod
     def build(self, name: str) -> PreTrainedModel:
         """The pretrained model with a new head; errors as of :func:`lightning_ft.tasks.pretrained.load_pretrained`."""
@@ -53,6 +56,9 @@ class Task(nn.Module, ABC):
     def update(self, stage: str, outputs: Any, labels: Any) -> None:
         """Count a batch in the metrics of ``stage``."""
 
+    def observe(self, stage: str, model: nn.Module, batch: Batch) -> None:
+        """Look at a batch of ``stage`` with the model at hand, for what its outputs alone don't tell."""
+
     @abstractmethod
     def scores(self, stage: str) -> dict[str, Tensor]:
         """The metrics of ``stage`` since the last reset; their names are those of :data:`SCORES`."""
@@ -73,9 +79,16 @@ class Task(nn.Module, ABC):
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         """For each row of a batch, what the model makes of it, in plain values."""
 
+    compared: str = "probability"
+    """What one of :meth:`values` is called."""
+
     def values(self, outputs: Any) -> Tensor:
         """The numbers by which two models are compared: probabilities (rows, ...)."""
         return outputs.float().softmax(dim=-1)
+
+    def card(self) -> dict[str, Any]:
+        """What a model card says of the head, beside its labels, under keys of ``lightning_ft.files.card.Facts``."""
+        return {}
 
 
 class Score(NamedTuple):
@@ -93,7 +106,21 @@ class Score(NamedTuple):
 SCORES = {
     "accuracy": Score("accuracy"),
     "f1": Score("macro F1"),
+    "entity_f1": Score("entity F1"),
+    "entity_precision": Score("entity precision"),
+    "entity_recall": Score("entity recall"),
+    "f1_micro": Score("micro F1"),
+    "average_precision": Score("mAP"),
+    "recall_at_precision": Score("recall at fixed precision"),
+    "qwk": Score("QWK", percent=False),
+    "mae": Score("MAE", percent=False, better="min"),
+    "rmse": Score("RMSE", percent=False, better="min"),
+    "r2": Score("R²", percent=False),
+    "spearman": Score("Spearman", percent=False),
     "loss": Score("loss", percent=False, better="min"),
+    "perplexity": Score("perplexity", percent=False, better="min"),
+    "token_accuracy": Score("token accuracy"),
+    "exact_match": Score("exact match"),
 }
 """Every score that a task may give."""
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,13 @@ def test_the_folder_holds_what_its_description_says_and_nothing_else(trained: Tr
     assert all((trained.folder / file).stat().st_size > 0 for file in files)
     assert [path.name for path in (trained.home / "runs").iterdir()] == ["first"]
     assert {path.name for path in trained.home.iterdir()} == {"data", "runs"}
+
+
+def test_what_adalora_took_out_at_the_end_trained_too(run_of: Callable[[str], Path]) -> None:
+    folder = run_of("adalora")
+    results = json.loads((folder / "results.json").read_text())
+    trained, total = f"{results['trained']:,}", f"{results['parameters']:,}"
+    assert f"{trained} of {total} parameters train" in (folder / "train.log").read_text(encoding="utf-8")
 
 
 def test_the_log_says_what_was_done(trained: Trained) -> None:

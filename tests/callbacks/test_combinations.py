@@ -19,6 +19,7 @@ from transformers import BertConfig, BertModel
 import lightning_ft
 from lightning_ft import (
     IA3,
+    Adapter,
     BitFit,
     FullFineTuning,
     GradualUnfreezing,
@@ -159,6 +160,55 @@ def test_merging_keeps_the_outputs_and_gives_the_tree_back(names: str) -> None:
     torch.testing.assert_close(output(module), before, atol=1e-6, rtol=1e-5)
     assert [(n, type(m)) for n, m in module.named_modules()] == [(n, type(m)) for n, m in original.named_modules()]
     assert training(module) == set(module.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("whole", "adding", "part"),
+    [
+        (LayerNormTuning(modules_to_save=["pooler"]), LoRA(r=2, target_modules="all-linear"), "pooler"),
+        (BitFit(modules_to_save=["encoder.layer.1"]), LoRA(r=2), "encoder.layer.1"),
+        (BitFit(modules_to_save=["encoder.layer.1"]), Adapter("houlsby"), "encoder.layer.1"),
+        (LoRA(r=2, modules_to_save=["encoder.layer.1"]), IA3(["key"], []), "encoder.layer.1"),
+    ],
+    ids=["layernorm, lora", "bitfit, lora", "bitfit, adapter", "lora, ia3"],
+)
+def test_what_one_trains_whole_the_other_leaves_out(
+    whole: FineTuning, adding: FineTuning, part: str, tmp_path: Path
+) -> None:
+    module = make(BertInInit)
+    trainer(copy.copy(whole), copy.copy(adding), max_epochs=1).fit(module)
+    other = make(BertInInit)
+    trainer(copy.copy(adding), copy.copy(whole), max_epochs=1).fit(other)
+    assert same(module, other), "their order doesn't matter"
+    adapted = {name for name in injected_names(module) if not name.startswith(f"model.bert.{part}.")}
+    assert adapted == injected_names(module)
+    assert all(p.requires_grad for p in module.model.bert.get_submodule(part).parameters())
+    lightning_ft.save_adapter(module, tmp_path)
+    fresh, stock = make(BertInInit), make(BertInInit)
+    lightning_ft.load_adapter(fresh, tmp_path)
+    assert same(fresh, module)
+    assert training(fresh) == training(module)
+    if json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA":
+        stock.model = peft.PeftModel.from_pretrained(stock.model, tmp_path)
+        torch.testing.assert_close(output(stock), output(module), atol=1e-5, rtol=1e-5)
+
+
+def test_what_carries_something_is_not_trained_whole_after_it() -> None:
+    module = make(BertInInit)
+    LoRA(r=2, target_modules="all-linear").inject(module)
+    before = snapshot(module)
+    with pytest.raises(
+        InjectionError, match=r"LayerNormTuning is to train .*pooler\.dense' whole.*carries LORA already"
+    ):
+        LayerNormTuning(modules_to_save=["pooler"]).inject(module)
+    assert snapshot(module) == before
+    module = make(BertInInit)
+    BitFit(modules_to_save=["pooler"]).inject(module)
+    before = snapshot(module)
+    with pytest.raises(InjectionError, match=r"Nothing is left for LoRA: another method.*pooler"):
+        LoRA(r=2, target_modules=["pooler.dense"]).inject(module)
+    assert snapshot(module) == before
 
 
 def test_a_second_method_may_come_in_a_later_fit() -> None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
+from lightning_ft import AdaLoRA
 from lightning_ft.callbacks import efficiency
 from lightning_ft.callbacks.efficiency import Efficiency
+from lightning_ft.callbacks.finetuning import count_parameters
 
 TRAIN_SECONDS, VALIDATION_SECONDS = 2.0, 50.0
 
@@ -49,7 +51,7 @@ class Module(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.clock.now += TRAIN_SECONDS
-        return self.head(self.frozen(torch.ones(2, 7))).square().mean()
+        return self.head(self.frozen(torch.ones(2, 7, device=self.device))).square().mean()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.clock.now += VALIDATION_SECONDS
@@ -78,8 +80,7 @@ def fit(
 ) -> tuple[Efficiency, list[dict[str, float]]]:
     callback, keep = Efficiency(), Keep()
     trainer = L.Trainer(
-        **{"max_epochs": 2, "enable_checkpointing": False, **options},
-        accelerator="cpu",
+        **{"max_epochs": 2, "enable_checkpointing": False, "accelerator": "cpu", **options},
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -101,6 +102,24 @@ def test_share_is_what_trains_of_all(clock: Clock) -> None:
     _, epochs = fit(clock)
     frozen, trained = 7 * 5 + 5, 5 * 3 + 3
     assert epochs[-1]["cost/trained_share"] == pytest.approx(trained / (frozen + trained))
+
+
+def test_what_a_method_unfreezes_on_the_way_or_takes_out_at_the_end_trained_too(clock: Clock) -> None:
+    class Unfreeze(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            pl_module.frozen.requires_grad_(trainer.current_epoch == 1)
+
+    callback, _ = fit(clock, callbacks=[Unfreeze()], max_epochs=3)
+    assert (callback.trained, callback.parameters) == (58, 58)
+
+    found: list[L.LightningModule] = []
+    keep = L.Callback()
+    keep.on_fit_end = lambda trainer, module: found.append(module)  # type: ignore[method-assign]
+    method = AdaLoRA(4, 2, backbone="frozen", target_modules="frozen")
+    callback, _ = fit(clock, callbacks=[method, keep])
+    added, head, base = 4 * (7 + 5 + 1), 5 * 3 + 3, 7 * 5 + 5
+    assert (callback.trained, callback.parameters) == (added + head, added + head + base)
+    assert count_parameters(found[0])[1] == added // 2 + head
 
 
 @pytest.mark.parametrize(("rows", "options"), [(4, {}), (10, {"val_check_interval": 1})], ids=str)
@@ -138,6 +157,23 @@ def test_memory_is_what_the_process_held_at_most(clock: Clock) -> None:
     unit = 2**20 if efficiency.sys.platform == "darwin" else 2**10
     assert epochs[0]["cost/peak_memory_mib"] == pytest.approx(peak / unit, rel=0.2)
     assert epochs[-1]["cost/peak_memory_mib"] <= callback.peak_memory_mib * 1.0001 <= peak / unit * 1.001
+
+
+def test_memory_is_of_the_device_that_trained_though_the_module_has_left_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it has in on_fit_end, where the Trainer has moved it to the CPU."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(efficiency, "peak_memory_mib", asked.append)
+    run: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
+    Efficiency().on_fit_end(run, Module(Clock()))
+    assert asked == [torch.device("cuda", 0)]
+
+
+@pytest.mark.gpu
+def test_memory_of_a_fit_on_a_gpu_is_the_gpus(clock: Clock) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    callback, _ = fit(clock, accelerator="gpu", devices=1)
+    assert 0 < callback.peak_memory_mib == torch.cuda.max_memory_allocated() / 2**20
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign import CLASSES, CNN, BertInInit, Classifier, TrunkInSetup, make, trainer, vector_data
+from foreign import CLASSES, CNN, BertInInit, Classifier, TorchTransformer, TrunkInSetup, make, trainer, vector_data
 from lightning.pytorch.callbacks import (
     Callback,
     EMAWeightAveraging,
@@ -26,7 +26,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 import lightning_ft
-from lightning_ft import BitFit, FullFineTuning, HeadOnly, InjectionError, LoRA
+from lightning_ft import Adapter, BitFit, FullFineTuning, HeadOnly, InjectionError, LoRA
 from lightning_ft.callbacks.finetuning import FineTuning, count_parameters, describe
 from lightning_ft.injection import injected_modules, injected_names
 
@@ -422,7 +422,7 @@ def test_a_trainer_that_fits_twice_wraps_its_checkpoint_io_once_and_records_the_
 
 
 class Normed(Small):
-    """BatchNorms in the base and in the head; what its modules' modes were in each step."""
+    """BatchNorms in the base and in the head; the modes of its modules, and of what they carry, in each step."""
 
     data = staticmethod(lambda: vector_data(8))
 
@@ -433,7 +433,7 @@ class Normed(Small):
         self.modes: list[dict[str, bool]] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        self.modes.append({name: m.training for name, m in self.named_modules()})
+        self.modes.append({name: getattr(m, "in_training", m.training) for name, m in self.named_modules()})
         return super().training_step(batch, batch_idx)
 
 
@@ -505,6 +505,34 @@ def test_injected_dropout_drops_though_the_model_was_left_in_eval_mode() -> None
     assert equal(fit(0.5, 1), fit(0.5, 1))
     assert not equal(fit(0.5, 1), fit(0.5, 2))
     assert equal(fit(0.0, 1), fit(0.0, 2))
+
+
+@IN_EVAL
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_base_drops_nothing_for_an_adapter_that_stands_behind_its_attention(dropout: float) -> None:
+    """``nn.MultiheadAttention``, and Llama's, read their own mode."""
+
+    class Module(TorchTransformer):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.5, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2).eval()
+            self.same: list[bool] = []
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.same.append(torch.equal(self.outputs(batch[0]), self.outputs(batch[0])))
+            self.encoder.eval()  # as the module would say in its own step: then nothing drops
+            assert torch.equal(self.outputs(batch[0]), self.outputs(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    module = make(Module)
+    method = Adapter(bottleneck=4, dropout=dropout, target_modules=["self_attn", "linear2"], backbone="encoder")
+    method.inject(module)
+    for name in injected_names(module):
+        nn.init.normal_(module.get_parameter(name))
+    trainer(method, max_epochs=1).fit(module)
+    assert set(module.same) == {dropout == 0}
+    assert not any(m.training for m in module.encoder.modules())
 
 
 # --------------------------------------------------------------------------------------------- the rest

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils.data import DistributedSampler
 
-from lightning_ft.data.batching import LengthBucketedSampler
+from lightning_ft.data.batching import LengthBucketedSampler, evaluation_batch_size
 
 SIZES = [(1, 4), (4, 4), (65, 8), (200, 16), (7, 1)]
 """Rows, and the size of a batch."""
@@ -94,3 +96,55 @@ def test_without_seed_the_longest_come_first_in_every_epoch() -> None:
     first = list(sampler)
     sampler.set_epoch(1)
     assert first == list(sampler) == sorted(range(5), key=lambda i: -lengths[i])
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+def of_ranks(lengths: list[int], batch_size: int, ranks: int, seed: int | None, epoch: int = 0) -> list[list[int]]:
+    orders = []
+    for rank in range(ranks):
+        sampler = LengthBucketedSampler(lengths, batch_size, seed, num_replicas=ranks, rank=rank)
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert len(sampler) == len(orders[-1])
+    return orders
+
+
+RANKS = [(rows, size, ranks) for rows, size in [(1, 4), *SIZES, (67, 8)] for ranks in (2, 3, 5)]
+
+
+@pytest.mark.parametrize(("rows", "batch_size", "ranks"), RANKS)
+def test_processes_share_all_rows_in_as_many_batches_each(rows: int, batch_size: int, ranks: int) -> None:
+    orders = of_ranks(random_lengths(rows), batch_size, ranks, seed=3)
+    assert len({len(order) for order in orders}) == 1
+    counts = Counter(itertools.chain(*orders))
+    assert set(counts) == set(range(rows))
+    assert sum(counts.values()) - rows < ranks
+
+
+@pytest.mark.parametrize(("rows", "batch_size", "ranks"), RANKS)
+def test_what_processes_see_at_once_is_a_batch_of_one_process(rows: int, batch_size: int, ranks: int) -> None:
+    lengths = random_lengths(rows)
+    orders = [batches(order, batch_size) for order in of_ranks(lengths, batch_size, ranks, seed=3, epoch=2)]
+    whole = LengthBucketedSampler(lengths, batch_size * ranks, seed=3)
+    whole.set_epoch(2)
+    expected = batches(list(whole), batch_size * ranks)
+    seen = [list(itertools.chain(*together)) for together in zip(*orders, strict=True)]
+    assert [set(batch) for batch in seen[:-1]] == [set(batch) for batch in expected[:-1]]
+    assert set(seen[-1]) >= set(expected[-1])  # and rows again, where it wasn't enough
+    assert len(seen[-1]) - len(expected[-1]) < ranks
+
+
+@pytest.mark.parametrize(("rows", "wanted", "ranks"), [*RANKS, (9, 4, 4), (5, 2, 2), (13, 3, 2)])
+def test_in_evaluation_each_row_comes_once_and_batches_are_as_many(rows: int, wanted: int, ranks: int) -> None:
+    if rows < ranks:
+        return
+    size = evaluation_batch_size(rows, wanted, ranks)
+    orders = of_ranks(random_lengths(rows), size, ranks, seed=None)
+    assert Counter(itertools.chain(*orders)) == Counter(range(rows))
+    assert len({len(batches(order, size)) for order in orders}) == 1
+
+
+def test_lightning_does_not_deal_its_rows_out_again() -> None:
+    assert isinstance(LengthBucketedSampler([1, 2], 1), DistributedSampler)  # as its data connector asks

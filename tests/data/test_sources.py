@@ -130,10 +130,21 @@ def test_reading_leaves_the_progress_bars_as_they_were(tmp_path: Path) -> None:
     assert is_progress_bar_enabled() == before
 
 
+@pytest.mark.parametrize("line", ["\n", "\r\n"])
+def test_of_a_text_file_each_paragraph_is_a_row(tmp_path: Path, line: str) -> None:
+    lines = ["", "First Citizen:", "Speak, déjà vu.", "", "  ", "\t", "  indented", "# it stays", "", "last"]
+    (tmp_path / "play.txt").write_bytes(line.join(lines).encode())
+    rows = read(tmp_path / "play.txt")["train"]
+    assert rows.to_dict() == {"text": ["First Citizen:\nSpeak, déjà vu.", "  indented\n# it stays", "last"]}
+    (tmp_path / "play.txt").write_text(" \n\n \n")
+    with pytest.raises(DataError, match=r"play\.txt' holds no rows"):
+        read(tmp_path / "play.txt")
+
+
 # ---------------------------------------------------------------------- what can't
 
 CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
-    "wrong ending": ("notes.txt", b"some words", ["notes.txt", "ending", ".csv, .tsv, .jsonl"]),
+    "wrong ending": ("notes.doc", b"some words", ["notes.doc", "ending", ".csv, .tsv, .jsonl"]),
     "empty file": ("empty.csv", b"", ["empty.csv", "empty"]),
     "malformed CSV": ("bad.csv", b"text,label\na,1\nb,c,d,1\n", ["bad.csv", "CSV", "line 3"]),
     "malformed Parquet": ("bad.parquet", b"no parquet, this", ["bad.parquet", "PARQUET"]),
@@ -171,6 +182,19 @@ CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
 }
 
 
+CONTENTS |= {
+    "a field more in every row": (
+        "a.csv",
+        b"text,label\na,b,1\nc,d,0\n",
+        ["a.csv", "line 2 has 3 fields", "2 columns", "text, label", "quotes"],
+    ),
+    "a comma at each line's end": ("a.csv", b"text,label\n\na,1,\nb,0,\n", ["a.csv", "line 3 has 3 fields"]),
+    "a tab more in every row": ("a.tsv", b"text\tlabel\na\tb\t1\n", ["a.tsv", "line 2 has 3 fields", "a tab"]),
+    "a field less": ("a.csv", b"text,label\na,1\nb\n", ["a.csv", "row 2", "no label"]),
+    "a label of another kind": ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", "label": {"x": 1}}', ["a.jsonl"]),
+}
+
+
 @pytest.mark.parametrize(("name", "content", "parts"), CONTENTS.values(), ids=CONTENTS)
 def test_error_names_the_file_and_the_place_and_the_cure(
     tmp_path: Path, name: str, content: bytes, parts: list[str]
@@ -204,6 +228,46 @@ def test_place_of_what_cannot_be_parsed_is_counted_from_one(tmp_path: Path, name
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=rf"{name}.*(line|row) {line}\b"):
         read(tmp_path / name)
+
+
+def test_place_is_counted_in_the_whole_file_where_the_parser_counts_in_parts(tmp_path: Path) -> None:
+    line = json.dumps({"text": "words " * 2_000, "label": "x"}) + "\n"
+    (tmp_path / "long.jsonl").write_text(line * 1_000 + '{"text": \n' + line)  # parsed 10 MiB at a time
+    with pytest.raises(DataError, match=r"long\.jsonl.*line 1001 isn't JSON"):
+        read(tmp_path / "long.jsonl")
+
+
+@pytest.mark.parametrize("folder", ["with [brackets]", "a*b", "what?", "__hidden__", ".dotted"])
+def test_a_path_is_no_pattern(tmp_path: Path, folder: str) -> None:
+    for name, text in ((folder, "ours"), ("with b", "theirs"), ("aab", "theirs"), ("what!", "theirs")):
+        (tmp_path / name).mkdir()
+        write_csv(tmp_path / name / "train.csv", [{"text": text, "label": "x"}])
+    assert read(tmp_path / folder)["train"]["text"] == ["ours"]
+    assert read(tmp_path / folder / "train.csv")["train"]["text"] == ["ours"]
+
+
+def hub_like(folder: Path, **rows: Rows) -> str:
+    """A folder that `datasets` loads as it loads a data set on the hub, with a configuration for each keyword."""
+    for name, its in rows.items():
+        (folder / name).mkdir(parents=True)
+        write_jsonl(folder / name / "train.jsonl", its)
+        write_jsonl(folder / name / "test.jsonl", its[:1])
+    listed = "".join(
+        f"- config_name: {name}\n  data_files:\n  - {{split: train, path: {name}/train.jsonl}}\n"
+        f"  - {{split: test, path: {name}/test.jsonl}}\n"
+        for name in rows
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    return str(folder)
+
+
+def test_a_configuration_on_the_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_ft.data.sources.locate", lambda path: None)  # as if it weren't here
+    path = hub_like(tmp_path / "hub", one=ROWS[:2], two=ROWS[2:])
+    splits = read(path, name="two")
+    assert {split: rows.to_list() for split, rows in splits.items()} == {"train": ROWS[2:], "test": ROWS[2:3]}
+    with pytest.raises(DataError, match=r"several configurations: name one, data\.name=.*one, two"):
+        read(path)
 
 
 EMPTY = [("head.csv", "text,label\n"), ("blank.jsonl", "\n"), ("list.json", "[]")]

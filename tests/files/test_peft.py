@@ -17,7 +17,7 @@ from foreign import BertInInit, Classifier, TrunkInSetup, make
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_ft import FullFineTuning, HeadOnly, InjectionError, LoRA, load_adapter, save_adapter
+from lightning_ft import AdapterBank, FullFineTuning, HeadOnly, InjectionError, LoRA, load_adapter, save_adapter
 from lightning_ft.files.peft import CARD, CONFIG, WEIGHTS
 from lightning_ft.files.state import StateError
 from lightning_ft.injection import injected_modules, injected_names
@@ -113,6 +113,15 @@ def test_a_folder_round_trips(case: str, tmp_path: Path) -> None:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.parametrize("init", [True, False, "gaussian", "Gaussian", "orthogonal", "mica", "OLoRA"])
+def test_every_init_that_peft_can_make_again_is_loaded(init: Any, tmp_path: Path) -> None:
+    model = theirs("bert classifier", init_lora_weights=init)
+    model.save_pretrained(tmp_path)
+    loaded = tiny.bert_classifier()
+    load_adapter(loaded, tmp_path)
+    torch.testing.assert_close(outputs(loaded), outputs(model), atol=1e-5, rtol=1e-5)
+
+
 def test_pefts_config_reads_ours(tmp_path: Path) -> None:
     for case, (build, task, settings) in CASES.items():
         folder = tmp_path / case
@@ -175,6 +184,56 @@ def test_a_tied_embedding_that_trains_whole_is_the_same_to_stock_peft(tmp_path: 
     load_adapter(fresh, tmp_path)
     assert torch.equal(outputs(fresh), outputs(model))
     assert fresh.lm_head.weight is fresh.transformer.wte.weight
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("saved", [["lm_head"], ["wte"], ["wte", "lm_head"]])
+def test_what_peft_untied_comes_back_untied(saved: list[str], tmp_path: Path) -> None:
+    """Its modules_to_save are copies: what trains in one isn't the other's."""
+    stock = theirs("gpt2", modules_to_save=saved)
+    stock.save_pretrained(tmp_path / "theirs")
+    model = tiny.gpt2()
+    load_adapter(model, tmp_path / "theirs")
+    torch.testing.assert_close(outputs(model), outputs(stock), atol=1e-5, rtol=1e-5)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad} - injected_names(model)
+    assert trained == {f"{'transformer.' * (name == 'wte')}{name}.weight" for name in saved}
+    LoRA(2, 6, target_modules=CASES["gpt2"][2]["target_modules"], modules_to_save=saved).inject(model)  # it trains on
+    save_adapter(shaken(model), tmp_path / "ours")
+    fresh = tiny.gpt2()
+    load_adapter(fresh, tmp_path / "ours")
+    assert torch.equal(outputs(fresh), outputs(model))
+
+    bare, base = tiny.gpt2(), outputs(tiny.gpt2())
+    bank = AdapterBank(bare)
+    bank.load("theirs", tmp_path / "theirs")
+    bank.use("theirs")
+    torch.testing.assert_close(outputs(bare), outputs(stock), atol=1e-5, rtol=1e-5)
+    bank.close()
+    assert torch.equal(outputs(bare), base)
+    assert bare.lm_head.weight is bare.transformer.wte.weight
+
+    config = config_of(tmp_path / "theirs") | {"r": 3}  # which its tensors aren't
+    (tmp_path / "theirs" / CONFIG).write_text(json.dumps(config))
+    refused(bare, tmp_path / "theirs", StateError, "has shape")
+    assert bare.lm_head.weight is bare.transformer.wte.weight
+
+
+def test_a_buffer_with_a_second_name_travels(tmp_path: Path) -> None:
+    class Aliased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+            self.norm = self.net[1]
+
+    model, fresh = Aliased(), Aliased()
+    LoRA(r=2, target_modules=["0"], modules_to_save=["1"], backbone="net").inject(model)
+    model.net(torch.randn(8, 4))
+    save_adapter(shaken(model), tmp_path, backbone="net")
+    load_adapter(fresh, tmp_path, backbone="net")
+    x = torch.randn(2, 4)
+    assert torch.equal(fresh.eval().net(x), model.eval().net(x))
+    assert fresh.norm is fresh.net[1]
 
 
 def test_an_adapter_in_half_precision_loads_in_fp32(tmp_path: Path) -> None:
@@ -302,6 +361,11 @@ def test_other_kinds_of_lora_are_refused_by_name(variant: dict[str, Any], named:
     refused(tiny.bert_classifier(), tmp_path, ValueError, "LoRA adapter uses", named, "can't load")
 
 
+def test_an_init_that_is_not_known_is_refused(folder: Path) -> None:
+    (folder / CONFIG).write_text(json.dumps(config_of(folder) | {"init_lora_weights": "new"}))
+    refused(tiny.bert_classifier(), folder, ValueError, "LoRA adapter uses init_lora_weights=new", "can't load")
+
+
 def test_another_method_is_refused_by_name(tmp_path: Path) -> None:
     config = peft.VeraConfig(target_modules=["key"])
     peft.get_peft_model(tiny.bert_classifier(), config).save_pretrained(tmp_path)
@@ -310,7 +374,7 @@ def test_another_method_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_missing_folder_or_file_is_named(folder: Path, tmp_path: Path) -> None:
     model = tiny.bert_classifier()
-    refused(model, tmp_path / "none", FileNotFoundError, "none' holds no adapter_config.json", "no such folder")
+    refused(model, tmp_path / "none", FileNotFoundError, "There is no folder '", "none'")
     (folder / WEIGHTS).unlink()
     refused(model, folder, FileNotFoundError, f"holds no {WEIGHTS} (it holds: README.md, adapter_config.json)")
     torch.save({}, folder / "adapter_model.bin")

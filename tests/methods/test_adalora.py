@@ -20,6 +20,7 @@ from matplotlib.image import imread
 from reference import adalora as paper
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.pytorch_utils import Conv1D
 
@@ -96,6 +97,25 @@ def test_outputs_gradients_and_merge_are_the_papers_at_every_rank(kind: str, ran
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
     assert lightning_ft.merge(model) == ["0"]
     torch.testing.assert_close(model(x), out, atol=1e-12, rtol=1e-12)
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses what CUDA refuses: an index on another device than what it selects from."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.index_select.default:
+            assert args[0].device == args[2].device
+        return function(*args, **(kwargs or {}))
+
+
+def test_pruning_goes_where_the_layer_is() -> None:
+    """When a fit ends, Lightning has moved the module off the GPU, and what is to stay was told there."""
+    model, layer = adapted("Linear")
+    model.to("meta")
+    with OneDevice():
+        prune(layer, torch.arange(R) < 3)
+    assert [tuple(layer.get_parameter(key).shape) for key in KEYS] == [(3, IN), (OUT, 3), (3, 1)]
+    assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}
 
 
 def test_it_starts_with_small_random_vectors_and_no_singular_values() -> None:
@@ -427,6 +447,29 @@ def test_weight_averaging_is_pruned_too() -> None:
     trainer(small(), EMAWeightAveraging(decay=0.5), max_epochs=3).fit(module)
     assert sum(ranks(module)) == 2 * len(ranks(module))
     assert outputs(module).isfinite().all()
+
+
+def test_a_fit_that_took_nothing_out_resumes_from_after_its_end(tmp_path: Path) -> None:
+    module, run = make(BertInInit), trainer(small(target_r=4), max_epochs=1)
+    run.fit(module)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    resumed = make(BertInInit)
+    trainer(small(target_r=4), max_epochs=2).fit(resumed, ckpt_path=tmp_path / "x.ckpt")
+    assert set(ranks(resumed)) == {4}
+    assert not torch.equal(outputs(resumed), outputs(module))
+
+
+@pytest.mark.gpu
+def test_a_fit_on_a_gpu_is_pruned_and_goes_on(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    module, run = make(BertInInit), trainer(small(), max_epochs=2, accelerator="gpu")
+    run.fit(module)
+    assert sum(ranks(module)) == 2 * len(ranks(module))
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    resumed = make(BertInInit)
+    trainer(small(), max_epochs=3, accelerator="gpu").fit(resumed, ckpt_path=tmp_path / "x.ckpt")
+    assert ranks(resumed) == ranks(module)
 
 
 def test_a_callback_can_be_used_for_another_module() -> None:

@@ -310,6 +310,7 @@ def test_lora_plus_lengthens_the_steps_on_its_own_backbone_alone() -> None:
     [
         {"target_modules": ["query", "value"], "layers_to_transform": 1},
         {"target_modules": ["query", "dense"], "layers_to_transform": [0], "layers_pattern": "layer"},
+        {"target_modules": ["query"], "layers_to_transform": []},
         {"target_modules": "all-linear", "exclude_modules": ["key", "intermediate.dense"]},
         {"target_modules": ["query", "key", "value"], "exclude_modules": r".*layer\.0.*"},
         {"target_modules": r".*layer\.1\..*(query|key)", "modules_to_save": ["pooler"]},
@@ -371,6 +372,8 @@ def test_a_setting_that_does_nothing_is_an_error() -> None:
         ({"layers_to_transform": [7]}, "there is no layer 7 among the targets; they lie in 0, 1"),
         ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "no layer 0.*no numbered layers"),
         ({"layers_to_transform": [0], "target_modules": ".*query"}, "write the layers in it"),
+        ({"layers_pattern": "layer"}, "say which layers"),
+        ({"layers_pattern": "layer", "target_modules": ".*query"}, "say which layers"),
     ]:
         model = tiny.bert()
         with pytest.raises(InjectionError, match=says):

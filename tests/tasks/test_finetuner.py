@@ -200,7 +200,7 @@ def test_without_a_schedule_the_rate_stays(module: FineTuner) -> None:
 
 def test_schedule_without_an_end_is_refused(tiny_bert_dir: str) -> None:
     module = FineTuner(tiny_bert_dir, Classification(NAMES), scheduler=linear)
-    with pytest.raises(ValueError, match="max_epochs or max_steps"):
+    with pytest.raises(ValueError, match=r"max_steps.*max_epochs"):
         make_trainer(max_epochs=-1).fit(module, loader())
 
 

@@ -9,7 +9,9 @@ row i is counted as a j where p̂ᵢ(j) ≥ t_j, of several such j the likeliest
 in Dataset Labels", JAIR 70, equations 1 and 2). Rows counted as another class than they are labelled are its label
 errors. Here two more must hold, since a plain classifier is often wrong about rows that are right, and a list of these
 is no help: the label itself has at most :data:`LEAST` of the probability, and the other class at least :data:`MOST`.
-So an uncertain base says nothing, rather than much that is wrong.
+Where the classifier is right about fewer than :data:`RELIABLE` of the rows of the classes, no single row is accused: of
+the bundled English reviews, of which MiniLM's embeddings tell 71%, such a list was wrong three times in four (5% of the
+labels flipped, threshold 0.7), or empty (0.9).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 Embed = Callable[[Sequence[str]], np.ndarray]
 """Texts to their embeddings (texts, width)."""
 
-LEAST, MOST = 0.1, 0.9
+LEAST, MOST, RELIABLE = 0.1, 0.9, 0.8
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS, FEWEST = 5, 20
 """Of the cross-validation; and the rows a class must have, without which nothing is said of it."""
@@ -54,6 +56,12 @@ class Confidence:
     given: np.ndarray
     probabilities: np.ndarray
     left_out: list[str]
+
+    @property
+    def reliability(self) -> float:
+        """The share of rows whose likeliest class is their own: the mean over the classes."""
+        right = self.probabilities.argmax(axis=1) == self.given
+        return float(np.mean([right[self.given == j].mean() for j in range(len(self.classes))]))
 
     @property
     def own(self) -> np.ndarray:
@@ -132,6 +140,13 @@ def suspicious(splits: Splits, found: Confidence | None) -> Iterator[Finding]:
         names = ", ".join(found.left_out[:10])
         message = f"Rows with these labels weren't looked at, for each has fewer than {FEWEST}: {names}."
         yield Finding("suspicious_label", "note", next(iter(splits)), (), message)
+    if found.reliability < RELIABLE:
+        message = (
+            f"No label is called wrong: the base's embeddings tell only {found.reliability:.0%} of them, and for that"
+            f" {RELIABLE:.0%} are asked. A larger base may tell more."
+        )
+        yield Finding("suspicious_label", "note", next(iter(splits)), (), message)
+        return
     wrong = np.flatnonzero(errors(found.probabilities, found.given))
     wrong = wrong[np.argsort(found.own[wrong], kind="stable")]
     for split, data in splits.items():

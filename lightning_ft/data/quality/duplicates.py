@@ -7,8 +7,8 @@ Nearly: of the sets A and B of their runs of five characters, letters and digits
 
 with t = 0.8: one word in fifteen changed, about. Pairs are found by prefix filtering (Chaudhuri et al. 2006, "A
 primitive operator for similarity joins in data cleaning"; Bayardo et al. 2007, "Scaling up all pairs similarity
-search"): if J(A, B) ≥ t, and all sets are put in one order, the first |A| - ⌈t|A|⌉ + 1 of A and as many of B have one
-in common. In the order from rare to common few other pairs do. Every candidate is verified by its exact J. Unlike
+search"): if J(A, B) ≥ t, and all sets are put in one order, the first |A| - ⌈t|A|⌉ + k of A and as many of B have k in
+common; k is 5. In the order from rare to common few other pairs do. Every candidate is verified by its exact J. Unlike
 MinHash it misses nothing and needs no seed; only where more than fifty texts share such a rare run, as in data made by
 a template, each is compared with the fifty next to it in length.
 """
@@ -39,7 +39,7 @@ Place = tuple[str, int]
 """A split, and an index in it."""
 
 NEARLY = 0.8
-_RUN, _FEWEST, _NEIGHBOURS = 5, 20, 50
+_RUN, _FEWEST, _SHARED, _NEIGHBOURS = 5, 20, 5, 50
 
 
 def same_texts(splits: Splits) -> dict[str, list[Place]]:
@@ -153,7 +153,7 @@ def runs(text: str) -> np.ndarray:
 
 
 def _candidates(sets: Sequence[np.ndarray], least: float) -> Iterator[tuple[int, int]]:
-    """Pairs that share one of the first, rarest members of their sets, and are of like size."""
+    """Pairs that share some of the first, rarest members of their sets, and are of like size."""
     if len(sets) < 2:
         return
     sizes = np.array([len(found) for found in sets])
@@ -164,13 +164,13 @@ def _candidates(sets: Sequence[np.ndarray], least: float) -> Iterator[tuple[int,
     # One sort: by the set, within it from rare to common.
     order = np.argsort(owner * len(often) + rank[member])
     position = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    prefix = position < np.repeat(sizes - np.ceil(least * sizes).astype(int) + 1, sizes)
+    prefix = position < np.repeat(sizes - np.ceil(least * sizes).astype(int) + _SHARED, sizes)
     member, owner = member[order], owner[order]
     used = prefix & (often[member] > 1)
     member, owner = member[used], owner[used]
     order = np.lexsort((sizes[owner], member))  # in each group by size, so that neighbours are the likely ones
     member, owner = member[order], owner[order]
-    seen = np.empty(0, np.int64)
+    found = [np.empty(0, np.int64)]
     for shift in range(1, _NEIGHBOURS + 1):
         a, b = owner[:-shift], owner[shift:]
         same = member[:-shift] == member[shift:]
@@ -178,8 +178,12 @@ def _candidates(sets: Sequence[np.ndarray], least: float) -> Iterator[tuple[int,
             break
         like = same & (sizes[a] >= least * sizes[b])
         a, b = a[like], b[like]
-        seen = np.union1d(seen, np.minimum(a, b) * len(sets) + np.maximum(a, b))
-    yield from ((int(pair) // len(sets), int(pair) % len(sets)) for pair in seen)
+        found.append(np.minimum(a, b) * len(sets) + np.maximum(a, b))
+    pairs = np.sort(np.concatenate(found))
+    # Sorted, a pair that was found k times stands k - 1 places further on too.
+    often_enough = pairs[_SHARED - 1 :][pairs[_SHARED - 1 :] == pairs[: len(pairs) - _SHARED + 1]]
+    for pair in dict.fromkeys(often_enough.tolist()):
+        yield divmod(pair, len(sets))
 
 
 def _firsts(group: Sequence[Place]) -> dict[str, int]:
