@@ -368,7 +368,7 @@ def test_what_a_bank_refuses_changes_nothing(tmp_path: Path) -> None:
     for name, error, message in (
         ("labels", StateError, r"classifier.* has shape .5,.*, the model's .3,.*its number of labels"),
         ("gpt2", StateError, "was made for another model"),
-        ("nothing", FileNotFoundError, "holds no adapter_config"),
+        ("nothing", FileNotFoundError, "There is no folder"),
     ):
         with pytest.raises(error, match=message):
             bank.load(name, tmp_path / name)

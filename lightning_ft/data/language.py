@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -130,6 +130,7 @@ class LanguageTarget(Target):
     """
 
     label_kind = "text"
+    learns: ClassVar[str]
 
     def __init__(self, packing: bool = False) -> None:
         self.packing = packing
@@ -137,6 +138,10 @@ class LanguageTarget(Target):
     def facts(self, rows: Dataset, columns: Columns, where: str) -> dict[str, Any]:
         """None: what a language model says is in its vocabulary."""
         return {}
+
+    def describe(self, facts: Facts) -> str:
+        """What is learned."""
+        return self.learns
 
     def arranged(self, rows: Dataset, limit: int) -> Dataset:
         """Packed, where that is asked for: ``position_ids`` begin anew with each example."""
@@ -177,6 +182,8 @@ class Completions(LanguageTarget):
     Raises:
         ValueError: for a template without the two, each once.
     """
+
+    learns = "completions are learned"
 
     def __init__(self, template: str = "{prompt} {completion}", new_tokens: int = 64, packing: bool = False) -> None:
         super().__init__(packing)
@@ -228,6 +235,10 @@ class Texts(LanguageTarget):
     learned once, whatever the limit.
     """
 
+    label_kind = None
+
+    learns = "whole texts are learned"
+
     def check(self, rows: Dataset, columns: Columns, where: str) -> None:
         """A text in each row."""
         check_texts(rows, columns, where)
@@ -269,6 +280,10 @@ class Chats(LanguageTarget):
         new_tokens: how many tokens a chat that is to be answered leaves room for.
         packing: see :class:`LanguageTarget`.
     """
+
+    label_kind = None
+
+    learns = "the assistant's messages are learned"
 
     def __init__(
         self, chat_template: str | None = None, system: str | None = None, new_tokens: int = 64, packing: bool = False
@@ -378,6 +393,10 @@ class Pairs(Target):
     def facts(self, rows: Dataset, columns: Columns, where: str) -> dict[str, Any]:
         """None: what a language model says is in its vocabulary."""
         return {}
+
+    def describe(self, facts: Facts) -> str:
+        """What is learned."""
+        return "target texts are learned"
 
     def encode(
         self, rows: Dataset, columns: Columns, facts: Facts, tokenizer: PreTrainedTokenizerBase, limit: int

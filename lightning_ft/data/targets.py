@@ -35,7 +35,8 @@ LabelKind = Literal["class", "classes", "number", "tags", "text"]
 class Target(ABC):
     """What is to be learned of a row. Of a split, rows are counted from 1 in messages."""
 
-    label_kind: ClassVar[LabelKind] = "class"
+    label_kind: ClassVar[LabelKind | None] = "class"
+    """None where no column but that of the text is read."""
 
     packing: bool = False
     """Whether :meth:`arranged` puts several examples in a row, which virtual tokens before the row don't go with."""

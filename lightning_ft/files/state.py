@@ -83,13 +83,6 @@ def complete_state(
             " It was saved from another model or without this method. To start from a bare model's checkpoint,"
             " load it into the module first (MyModule.load_from_checkpoint), then fit without ckpt_path."
         )
-    for key in sorted(ours & set(live)):
-        saved, own = (getattr(values[key], "shape", None) for values in (state, live))
-        if saved != own:
-            raise StateError(
-                f"{source} has {key} in the shape {tuple(saved or ())}, and the model {tuple(own or ())}. Give the"
-                " method the settings that it was trained with (r, target_r, bottleneck, …), and the model its size."
-            )
     return {**{key: live[key] for key in frozen if key not in state}, **state}
 
 

@@ -418,6 +418,6 @@ def _sources(inputs: Batch, rows: Sequence[int]) -> list[list[int]]:
 
 
 def _spread(count: int, wanted: int) -> list[int]:
-    """At most ``wanted`` of ``count`` places, evenly from the first to the last."""
+    """At most ``wanted`` of ``count`` places, evenly: the middles of as many parts."""
     wanted = min(wanted, count)
-    return [round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)]
+    return [count * (2 * i + 1) // (2 * wanted) for i in range(wanted)]

@@ -90,14 +90,6 @@ def test_a_checkpoint_that_lacks_something_trained_is_refused(name: str, tmp_pat
         resume(name, tmp_path / "x.ckpt")
 
 
-def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path) -> None:
-    run = trainer(LoRA(r=2), max_epochs=1)
-    run.fit(make(BertInInit))
-    run.save_checkpoint(tmp_path / "x.ckpt")
-    with pytest.raises(StateError, match=r"lora_A in the shape \(2, 16\), and the model \(3, 16\).*settings"):
-        trainer(LoRA(r=3), max_epochs=2).fit(make(BertInInit), ckpt_path=tmp_path / "x.ckpt")
-
-
 def test_a_key_that_the_module_has_not_is_still_lightnings_error(tmp_path: Path) -> None:
     trained("lora", tmp_path / "x.ckpt")
     changed(tmp_path / "x.ckpt", lambda c: c["state_dict"].update({"model.other": torch.zeros(1)}))

@@ -262,7 +262,7 @@ def hub_like(folder: Path, **rows: Rows) -> str:
 
 
 def test_a_configuration_on_the_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ft.data.sources.locate", lambda path: None)  # as if it weren't here
+    monkeypatch.setattr("lightning_ft.data.sources.locate", lambda *_: None)  # as if it weren't here
     path = hub_like(tmp_path / "hub", one=ROWS[:2], two=ROWS[2:])
     splits = read(path, name="two")
     assert {split: rows.to_list() for split, rows in splits.items()} == {"train": ROWS[2:], "test": ROWS[2:3]}

@@ -405,7 +405,7 @@ def test_the_best_checkpoint_is_one_whose_ranks_are_final(tmp_path: Path) -> Non
             module.log("score", -float(run.current_epoch))
 
     module, method = make(BertInInit), small(tinit=3, tfinal=4)
-    best = BestCheckpoint(tmp_path, monitor="score", mode="max", save_last=True)
+    best = BestCheckpoint(dirpath=tmp_path, monitor="score", mode="max", save_last=True)
     run = trainer(method, Worse(), best, max_epochs=4, enable_checkpointing=True)
     run.fit(module, repeated(module, 3))
     checkpoint = torch.load(best.best_model_path)

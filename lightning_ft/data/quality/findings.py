@@ -97,7 +97,9 @@ def rows_of(raw: Mapping[str, Dataset], target: Target, columns: Columns, source
     Raises:
         DataError: if a column isn't there.
     """
-    named = columns.label if isinstance(columns.label, Mapping) else {"": columns.label}
+    kind = target.label_kind or "text"
+    label = columns.label if target.label_kind else None
+    named = label if isinstance(label, Mapping) else {"": label}
     found = {}
     for split, rows in raw.items():
         for option, column in [("text", columns.text), *(("label", column) for column in named.values() if column)]:
@@ -105,7 +107,7 @@ def rows_of(raw: Mapping[str, Dataset], target: Target, columns: Columns, source
         each = [_named(rows, column) if column else [None] * len(rows) for column in named.values()]
         labels = each[0] if len(each) == 1 else [_together(named, values) for values in zip(*each, strict=True)]
         texts = [_joined(text) for text in rows[columns.text]]
-        found[split] = Rows(texts, [_label(label, target.label_kind) for label in labels], target.label_kind)
+        found[split] = Rows(texts, [_label(label, kind) for label in labels], kind)
     return found
 
 
