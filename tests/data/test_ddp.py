@@ -49,6 +49,9 @@ trainer = L.Trainer(
 trainer.fit(module, data)
 scores = trainer.validate(module, data, verbose=False)[0]
 Path(out, f"{trainer.global_rank}.json").write_text(json.dumps({"rows": seen.rows, "scores": scores}))
+if torch.distributed.is_initialized():  # else gloo's threads may abort the process as it exits
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 '''
 
 
