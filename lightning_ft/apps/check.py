@@ -21,6 +21,7 @@ from lightning_ft.apps.paths import conf_dir
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from lightning_ft.data.mixing import MultiTaskDataModule
     from lightning_ft.data.module import TextDataModule
     from lightning_ft.data.quality import Examined
     from lightning_ft.data.quality.confidence import Embed
@@ -54,11 +55,14 @@ def check(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from lightning_ft.apps import build, check_page, report
+    from lightning_ft.apps.errors import RequestError
     from lightning_ft.data.quality import examine
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     stop = fail_on(config)
     data = build.datamodule(config)
+    if data.parts != [data]:
+        raise RequestError("check reads one data set: give each of them by itself, data=file data.path=...")
     raw, rows = _read(data)
     cleaned = _fix(str(config.check.fix), raw, rows, data) if config.check.fix else None
     embed = _embed(config, data) if config.check.labels else None
@@ -86,15 +90,23 @@ def check(config: DictConfig) -> None:
     refuse(found.findings, stop)
 
 
-def before_training(config: DictConfig, data: TextDataModule) -> None:
+def before_training(config: DictConfig, data: TextDataModule | MultiTaskDataModule) -> None:
     """The short form that ``train`` begins with: all but what needs the base, said in the log.
 
     Raises:
         RequestError: if there is what ``check.fail_on`` names.
     """
+    stop = fail_on(config)
+    for part in data.parts:
+        _before_training(config, part, stop)
+
+
+def _before_training(config: DictConfig, data: TextDataModule, stop: set[str]) -> None:
     from lightning_ft.data.quality import examine
 
-    stop = fail_on(config)
+    if data.streaming:
+        log.info("Data check: streamed data aren't checked; `lightning-ft check` reads what fits in memory.")
+        return
     raw, rows = _read(data)
     few = sum(map(len, raw.values())) <= _COMPARED
     found = examine(

@@ -39,6 +39,11 @@ def main(config: DictConfig) -> None:
     folder = runs.find_run(run)
     with new_folder(out, config.overwrite, runs.needed(folder)) as new:
         module, data = restore(folder, OmegaConf.create())
+        if not module.task.plain:
+            raise RequestError(
+                f"'{folder}' has the heads of several tasks, and a Hugging Face model has one. Export it, and load it"
+                f" into a FineTuner with the same tasks: lightning-ft export run={run} out={out}"
+            )
         build.save_tokenizer(data, new)  # before it's used, since it keeps how it was called last
         settings = runs.load_config(folder)
         # In fp32, whatever the run's precision: the difference of the weights is to be seen.

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
@@ -86,7 +86,7 @@ def about(config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """What all runs of a comparison have in common."""
     return {
         "overrides": list(overrides),
-        "data": str(config.data.path),
+        "data": str(OmegaConf.select(config, "data.path") or "several data sets"),
         "model": str(config.model.name),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {**versions(), "python": platform.python_version()},

@@ -131,7 +131,7 @@ def card_facts(config: DictConfig, results: Mapping[str, Any]) -> Facts:
         **{key: results.get(key) for key in ("method", "parameters", "trained", "rows", "versions")},
         **results.get("card", {}),
     }
-    if isinstance(data := _plain(config.data.path), str):
+    if isinstance(data := _plain(config.data.get("path")), str):
         local = data.startswith("bundled:") or Path(data).is_absolute() or Path(data).exists()
         facts |= {"data": data, "data_on_hub": not local}
     return cast(Facts, {key: value for key, value in facts.items() if value is not None})

@@ -86,7 +86,7 @@ def train(config: DictConfig) -> float:
 
     results = {
         "method": name,
-        "data": str(config.data.path),
+        "data": str(data.path),
         "before": before,
         "after": after,
         "validation": validation,

@@ -96,6 +96,16 @@ class MultiTaskDataModule(L.LightningDataModule):
         return ", ".join(str(source.path) for source in self.sources.values())
 
     @property
+    def parts(self) -> list[TextDataModule]:
+        """The data sets."""
+        return list(self.sources.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of rows of each split, of all data sets together."""
+        return {split: len(rows) for split, rows in self.splits.items()}
+
+    @property
     def reserved(self) -> int:
         """Positions to leave free, as in each data set."""
         return self._first.reserved

@@ -144,6 +144,11 @@ class TextDataModule(L.LightningDataModule):
         """Of several processes on a machine one tokenises, for all."""
         self.setup("fit")
 
+    @property
+    def parts(self) -> list[TextDataModule]:
+        """The data sets that it consists of."""
+        return [self]
+
     def read(self) -> dict[str, Dataset]:
         """The splits as they are given; errors as of :func:`lightning_ft.data.sources.read`."""
         return read(self.path, self.encoding, self.name, self.format)

@@ -136,6 +136,8 @@ class MultiTask(Task):
         ValueError: if there are fewer than two tasks, or the weighting doesn't fit them.
     """
 
+    plain = False
+
     def __init__(self, tasks: Mapping[str, Task], weighting: Weighting | None = None) -> None:
         super().__init__()
         if len(tasks) < 2:

@@ -27,6 +27,9 @@ class Task(nn.Module, ABC):
     :class:`lightning_ft.data.targets.Target` that made them. ``stage`` is ``"val"`` or ``"test"``.
     """
 
+    plain: ClassVar[bool] = True
+    """Whether model and head are one Hugging Face model, which others load."""
+
     likelihood_factor: ClassVar[float] = 1.0
     """The negative log likelihood, where the noise is 1, over the loss: 1/2 for a squared error."""
 
