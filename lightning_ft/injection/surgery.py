@@ -551,8 +551,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             for mixin in module._mixins:
                 if mixin not in carried.get(module, ()):
                     detach(model, name, mixin)
-        for module, parameters in held:
-            module._parameters.update(parameters)
+        for owner, parameters in held:
+            owner._parameters.update(parameters)
         for owner, own in marked:
             for key in marks:
                 vars(owner).pop(key, None)
