@@ -98,7 +98,7 @@ def outputs(model: Any) -> Tensor:
 def train(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Adapters as training would leave them."""
     torch.manual_seed(3)
-    for name in injected_names(model):
+    for name in sorted(injected_names(model)):  # a set has another order in each process
         parameter = model.get_parameter(name)
         parameter.data = torch.randn(parameter.shape, dtype=dtype) / 3
 
