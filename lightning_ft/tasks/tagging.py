@@ -177,10 +177,11 @@ class TokenClassification(Task):
     def tables(self, stage: str) -> dict[str, Table]:
         """Of each type of entity precision, recall, F1, and the number of entities; and of words that weren't read."""
         values, types = self._of(stage).compute(), self._of(stage).types
+        supports = values["support"].reshape(-1)  # which torchmetrics makes a scalar of where there is one type
         per_type = values["per_type"].double().T.tolist()
         rows = [
             [name, *(round(value, 4) for value in scores), int(support)]
-            for name, scores, support in zip(types, per_type, values["support"], strict=True)
+            for name, scores, support in zip(types, per_type, supports, strict=True)
         ]
         tables: dict[str, Table] = {"per_type": (["type", "precision", "recall", "f1", "entities"], rows)}
         if values["unread"]:

@@ -117,6 +117,13 @@ def test_scores_by_hand(true: str, predicted: str, expected: tuple[float, float,
     assert [float(scores[name]) for name in ("precision", "recall", "f1")] == pytest.approx(expected)
 
 
+def test_one_type_of_entity_has_its_row_too() -> None:
+    task = TokenClassification(["O", "B-LOC", "I-LOC"])
+    task.metrics["test"].update([[1, 2, 0]], [[1, 2, 1]])
+    assert task.tables("test")["per_type"][1] == [["LOC", 0.5, 1.0, pytest.approx(0.6667), 1]]
+    assert task.pictures("test")["confusion_matrix"].axes
+
+
 def test_scores_tables_and_picture_are_those_of_a_naive_count() -> None:
     true = texts(60)
     generator = random.Random(1)
