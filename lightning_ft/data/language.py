@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from lightning_ft.data.batching import pack
 from lightning_ft.data.sources import DataError, check_column, check_rows, quiet_bars
-from lightning_ft.data.targets import Columns, Facts, Target, check_texts, mapped
+from lightning_ft.data.targets import Columns, Facts, LabelKind, Target, check_texts, mapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,7 +129,7 @@ class LanguageTarget(Target):
             its own, and sees itself alone. Rows of evaluation hold one.
     """
 
-    label_kind = "text"
+    label_kind: ClassVar[LabelKind | None] = "text"
     learns: ClassVar[str]
 
     def __init__(self, packing: bool = False) -> None:
