@@ -18,6 +18,7 @@ def main(config: DictConfig) -> None:
     from lightning.pytorch.callbacks import Callback
 
     from lightning_ft.apps import build, report, runs
+    from lightning_ft.apps.errors import RequestError
     from lightning_ft.apps.restore import restore
     from lightning_ft.tasks.task import score_of
 
@@ -25,6 +26,8 @@ def main(config: DictConfig) -> None:
     build.tidy_messages(logging.WARNING)
     folder = runs.find_run(run)
     settings = runs.load_config(folder)
+    if "sources" in settings.data and any(value is not None for value in overrides.values()):
+        raise RequestError("a run on several data sets is scored on its own: leave out data.*.")
     module, data = restore(folder, overrides)
     given = overrides.path is not None
     loader = data.scoring_dataloader(settings.task) if given else data.test_dataloader()

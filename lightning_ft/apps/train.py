@@ -118,7 +118,7 @@ def train(config: DictConfig) -> float:
         report.console.print(report.predictions_table(samples, predictions))
     for logger in trainer.loggers:
         logger.finalize("success")
-    return float(validation[config.monitor])
+    return float(validation.get(config.monitor, float("nan")))
 
 
 def _find_rate(config: DictConfig, data: TextDataModule, folder: Path) -> tuple[float, Figure]:

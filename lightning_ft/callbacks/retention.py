@@ -40,8 +40,8 @@ class Retention(Callback):
     chance alone k / (texts - 1). Both look at the trunk (and a pretrained head), whatever head the task has.
 
     It's measured when the first fit begins, with each validation (or at the end of an epoch, where there's none), and
-    on the weights that a later ``trainer.test`` tests, as ``test/perplexity`` or ``test/neighbours``. When the fit is
-    over the loggers get a table and a picture. Nothing of the training depends on it.
+    on the weights that a later ``trainer.test`` tests, as ``test/retention/...``. When the fit is over the loggers get
+    a table and a picture. Nothing of the training depends on it.
 
     Args:
         probe: something else to measure: gets the LightningModule, evaluating and without gradients, and returns
@@ -140,7 +140,7 @@ class Retention(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the weights that are tested, if the base is known to compare them with."""
         if self.history:
-            pl_module.log_dict({f"test/{name}": value for name, value in self.measure(pl_module).items()})
+            pl_module.log_dict({f"test/retention/{name}": value for name, value in self.measure(pl_module).items()})
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints: what the base could do, which can't be measured later."""

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch.utils.data import ConcatDataset, DataLoader, Sampler
 
 from lightning_ft.data.batching import LengthBucketedSampler
+from lightning_ft.data.sources import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ class MixedBatches(Sampler[list[int]]):
     ) -> None:
         if not temperature >= 1:
             raise ValueError(f"temperature must be a number of at least 1, not {temperature}.")
+        self.sampler = self  # where Lightning looks for what it tells the epoch
         self.starts = [0, *accumulate(map(len, lengths))][:-1]
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
         self.samplers = [LengthBucketedSampler(each, batch_size, seed) for each in lengths]
@@ -137,6 +139,10 @@ class MultiTaskDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and tokenise all of them; once."""
+        if streamed := [name for name, source in self.sources.items() if source.streaming]:
+            raise DataError(f"{streamed[0]}: a data set among several can't be streamed: leave out its streaming=true.")
+        if self.trainer is not None and self.trainer.world_size > 1:
+            raise DataError("Several data sets are mixed in one process as yet: trainer.devices=1.")
         for source in self.sources.values():
             source.setup(stage)
 
@@ -155,6 +161,10 @@ class MultiTaskDataModule(L.LightningDataModule):
 
     def texts_dataloader(self, texts: Sequence[str]) -> DataLoader[Any]:
         """Batches of new texts, in their order, for ``Trainer.predict``."""
+        kinds = {type(source.target).__name__ for source in self.sources.values()}
+        if len(kinds) > 1:
+            named = " and ".join(sorted(kinds))
+            raise DataError(f"{named} read texts each in a way of its own: train the task to predict by alone.")
         return self._first.texts_dataloader(texts)
 
     def _rows(self, split: str) -> dict[str, Dataset]:

@@ -83,7 +83,7 @@ class FineTuner(L.LightningModule):
         """Prepare the penalties, in a fit that resumes too."""
         self._remember()
         if self._penalties:
-            self._ground = Ground(self.model, self._origin)
+            self._ground = Ground(self.model, self._origin, self.task.outside())
             for penalty in self._penalties:
                 penalty.prepare(self._ground)
 
@@ -121,7 +121,7 @@ class FineTuner(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Tell the task."""
-        self.task.end_epoch()
+        self.task.end_epoch(self.trainer.num_training_batches)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, and the tables of a task that has some for validations."""

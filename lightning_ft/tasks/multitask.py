@@ -146,6 +146,7 @@ class MultiTask(Task):
         self.heads = nn.ModuleDict()
         self.weighting = weighting or Fixed()
         self.weighting.prepare(tasks)
+        self._batches = 0  # trained in this epoch
         self._means: Any = nn.ModuleDict({name: MeanMetric() for name in tasks})
         self._seen: dict[str, set[str]] = {}  # by stage, the tasks that had data
         # Hugging Face models that say of the trunk's outputs what their heads make of them. They're no children: what
@@ -183,6 +184,7 @@ class MultiTask(Task):
         """The weighted sum of the losses of those tasks that the batch has labels for."""
         losses = {key: task.loss(outputs[key], labels[key]) for key, task in self._tasks() if key in labels}
         if self.training and torch.is_grad_enabled():
+            self._batches += 1
             for key, loss in losses.items():
                 self._means[key].update(loss.detach(), self._task(key).count(labels[key]))
         return self.weighting(losses)
@@ -191,11 +193,17 @@ class MultiTask(Task):
         """The number of rows, of the task that has the most."""
         return max(self._task(key).count(labels[key]) for key in labels)
 
-    def end_epoch(self) -> None:
-        """See that each task was trained in the epoch, and tell the weighting how it went."""
-        missing = [key for key, mean in self._means.items() if mean.update_count == 0]
-        self._refuse(missing, "train")
-        self.weighting.end_epoch({key: float(mean.compute()) for key, mean in self._means.items()})
+    def outside(self) -> list[nn.Module]:
+        """All heads."""
+        return [self.heads]
+
+    def end_epoch(self, batches: float) -> None:
+        """See that each task was trained in the epoch, and tell the weighting how it went; of a part say nothing."""
+        if self._batches >= batches:
+            missing = [key for key, mean in self._means.items() if mean.update_count == 0]
+            self._refuse(missing, "train")
+            self.weighting.end_epoch({key: float(mean.compute()) for key, mean in self._means.items()})
+        self._batches = 0
         for mean in self._means.values():
             mean.reset()
 

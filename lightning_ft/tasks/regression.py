@@ -40,7 +40,6 @@ class Regression(Task):
     """
 
     compared = "standardised value"
-    likelihood_factor = 0.5
 
     def __init__(self, mean: float = 0.0, std: float = 1.0, loss: str = "mse") -> None:
         super().__init__()
@@ -50,6 +49,7 @@ class Regression(Task):
             raise ValueError(f"mean must be a number, and std one above 0, not {mean} and {std}.")
         self.mean, self.std = float(mean), float(std)
         self._loss = LOSSES[loss]
+        self.likelihood_factor = 0.5 if loss == "mse" else 1.0  # huber's half is in it
         self.rows = StageRows()
 
     def build(self, name: str) -> PreTrainedModel:

@@ -30,7 +30,7 @@ class Task(nn.Module, ABC):
     plain: ClassVar[bool] = True
     """Whether model and head are one Hugging Face model, which others load."""
 
-    likelihood_factor: ClassVar[float] = 1.0
+    likelihood_factor: float = 1.0
     """The negative log likelihood, where the noise is 1, over the loss: 1/2 for a squared error."""
 
     tables_after: ClassVar[tuple[str, ...]] = ("test",)
@@ -52,8 +52,12 @@ class Task(nn.Module, ABC):
         """Of how many things the loss of a batch is the mean."""
         return len(labels)
 
-    def end_epoch(self) -> None:
-        """Hear that an epoch of training ends."""
+    def outside(self) -> list[nn.Module]:
+        """Heads that aren't in the model."""
+        return []
+
+    def end_epoch(self, batches: float) -> None:
+        """Hear that an epoch of training ends, which has so many batches; it may have been cut short, or resumed."""
 
     @abstractmethod
     def update(self, stage: str, outputs: Any, labels: Any) -> None:

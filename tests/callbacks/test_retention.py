@@ -103,7 +103,7 @@ def test_the_loggers_get_it_by_the_step_as_a_table_and_as_a_picture(tiny_bert_di
     fit = trainer(retention, logger=logger, log_every_n_steps=1)
     fit.fit(Encoder(tiny_bert_dir))
     [scores] = fit.test(fit.lightning_module, verbose=False)
-    assert scores["test/neighbours"] == pytest.approx(values(retention, "neighbours")[-1])
+    assert scores["test/retention/neighbours"] == pytest.approx(values(retention, "neighbours")[-1])
     folder = Path(logger.log_dir)
     assert (folder / "retention.png").stat().st_size > 1000
     with (folder / "retention.csv").open(newline="") as file:

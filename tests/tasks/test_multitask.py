@@ -8,6 +8,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ft import LoRA, load_adapter, save_adapter
+from lightning_ft import L2, HeadOnly, LoRA, load_adapter, save_adapter
 from lightning_ft.data.mixing import MixedBatches, MultiTaskDataModule
 from lightning_ft.data.module import TextDataModule
 from lightning_ft.data.sources import DataError
@@ -189,6 +190,20 @@ def test_settings_that_make_no_sense_are_refused() -> None:
 # ----------------------------------------------------------------------------------- epochs and scores
 
 
+def test_an_epoch_that_is_cut_short_need_not_have_all_tasks(tiny_bert_dir: str) -> None:
+    whole = make_batch()
+    lacking = {**whole, "labels": {"mood": whole["labels"]["mood"]}}
+    trainer = fit(make_module(tiny_bert_dir), [lacking, whole], max_steps=1, max_epochs=-1)
+    assert trainer.global_step == 1
+
+
+def test_penalties_reach_the_heads(tiny_bert_dir: str) -> None:
+    module = make_module(tiny_bert_dir, penalties=[L2(1.0)])
+    before = sum(float(p.detach().square().sum()) for p in module.task.parameters())
+    fit(module, [make_batch()] * 9, callbacks=[HeadOnly()])
+    assert sum(float(p.detach().square().sum()) for p in module.task.parameters()) < before
+
+
 @pytest.mark.parametrize("stage", ["train", "val"])
 def test_a_task_without_data_in_an_epoch_is_an_error(tiny_bert_dir: str, stage: str) -> None:
     whole = make_batch()
@@ -254,8 +269,12 @@ def test_batches_of_several_data_sets_are_of_one_each_and_every_row_is_seen(tiny
         assert seen == {name: len(source.splits[split]) for name, source in sources.items()}
     module = make_module(tiny_bert_dir)
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet)
-    trainer.fit(module, data)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=2, enable_model_summary=False, **quiet)
+    epochs: list[int] = []
+    sampled = MixedBatches.__iter__
+    with mock.patch.object(MixedBatches, "__iter__", lambda self: epochs.append(self.epoch) or sampled(self)):
+        trainer.fit(module, data)
+    assert epochs == [0, 1], "Lightning tells the epoch"
     assert {"val/mood/f1", "val/size/f1"} <= set(trainer.callback_metrics)
 
 

@@ -35,11 +35,14 @@ class KL(Penalty):
 
     def __call__(self, ground: Ground, step: Step) -> Tensor:
         """See the class."""
-        mask = step.inputs.get("attention_mask")
+        inputs, mask = dict(step.inputs), step.inputs.get("attention_mask")
+        if mask is None and "position_ids" in inputs:  # packed rows, which a model with a cache would not tell apart
+            inputs["use_cache"] = False
+            mask = inputs["position_ids"] > 0  # without what fills rows up, and examples' first tokens
         if ground.is_causal_lm:
             assert step.logits is not None, "the model's forward gave no logits"
             with torch.no_grad():
-                base = ground.bare(**step.inputs).logits
+                base = ground.bare(**inputs).logits
             every = token_kl(base, step.logits)
             return every.mean() if mask is None else every[mask.bool()].mean()
         assert step.hidden is not None, "the trunk's forward gave no hidden states"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ft.injection import refuse_unfoldable
-from lightning_ft.tasks.penalties.penalty import Ground, Penalty, Step, trained
+from lightning_ft.tasks.penalties.penalty import Ground, Penalty, Step
 
 
 class L2(Penalty):
@@ -24,7 +24,7 @@ class L2(Penalty):
 
     def __call__(self, ground: Ground, step: Step) -> Tensor:
         """See the class."""
-        return _half_squares(trained(ground.model))
+        return _half_squares(ground.trained)
 
 
 class L2SP(Penalty):
@@ -58,8 +58,9 @@ class L2SP(Penalty):
         if not self.head:
             return change
         inside = {id(p) for _, p in ground.base.named_parameters()}
-        return change + self.head * _half_squares([p for p in trained(ground.model) if id(p) not in inside])
+        return change + self.head * _half_squares([p for p in ground.trained if id(p) not in inside])
 
 
 def _half_squares(parameters: list[nn.Parameter]) -> Tensor:
-    return 0.5 * torch.stack([parameter.square().sum() for parameter in parameters]).sum()
+    squares = [parameter.square().sum() for parameter in parameters]
+    return 0.5 * torch.stack(squares).sum() if squares else torch.zeros(())

@@ -10,7 +10,7 @@ important as the next.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -27,15 +27,21 @@ class Ground:
     Args:
         model: a Hugging Face model, injected where it is going to be, on the device where it trains.
         origin: what was kept of the base before training; by default the model now is the base.
+        heads: what trains outside the model and belongs to it.
     """
 
-    def __init__(self, model: Any, origin: Origin | None = None) -> None:
-        self.model = model
+    def __init__(self, model: Any, origin: Origin | None = None, heads: Sequence[nn.Module] = ()) -> None:
+        self.model, self.heads = model, heads
         self.base: Base = find_base(model)
         if origin is None:
             origin = Origin()
             origin.remember(self.base)
         self.origin = origin
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What trains."""
+        return [p for module in (self.model, *self.heads) for p in module.parameters() if p.requires_grad]
 
     @cached_property
     def bare(self) -> Any:
@@ -93,8 +99,3 @@ class Penalty(ABC):
     @abstractmethod
     def __call__(self, ground: Ground, step: Step) -> Tensor:
         """R of a batch, a scalar with gradients."""
-
-
-def trained(module: nn.Module) -> list[nn.Parameter]:
-    """What trains of a module."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
