@@ -13,6 +13,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lightning_ft.data.language import Texts
 from lightning_ft.data.quality import examine
 from lightning_ft.data.quality.cleaning import plan
 from lightning_ft.data.quality.confidence import FEWEST, confidence, cross_validated, errors, suspicious
@@ -333,6 +334,13 @@ def test_of_a_chat_the_messages_are_the_text_and_there_need_be_no_label() -> Non
     )
     found = rows_of({"train": rows}, Classes(), Columns("messages", None))["train"]
     assert (list(found.texts), list(found.labels)) == (["hi\nyo"], [None])
+
+
+def test_rows_that_need_no_label_lack_none(tokenizer: PreTrainedTokenizerBase) -> None:
+    splits = {"train": Dataset.from_dict({"text": clean()["train"].texts})}
+    rows = rows_of(splits, Texts(), Columns("text", "label"))
+    assert examine(rows, tokenizer, 200).findings == []
+    assert plan(rows)["train"].removed == {}
 
 
 def test_a_column_that_is_not_there_is_said() -> None:

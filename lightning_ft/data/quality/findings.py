@@ -48,11 +48,13 @@ class Rows:
         labels: of each row; None where there is none.
         kind: what a label is: one class (a string), several classes (a tuple of strings), a number, tags (a string
             of as many words as the text), or a text of its own.
+        labelled: whether a row needs a label.
     """
 
     texts: Sequence[Any]
     labels: Sequence[Any]
     kind: LabelKind = "class"
+    labelled: bool = True
 
     def readable(self) -> Iterator[tuple[int, str]]:
         """The index and the text of each row that has one."""
@@ -107,7 +109,7 @@ def rows_of(raw: Mapping[str, Dataset], target: Target, columns: Columns, source
         each = [_named(rows, column) if column else [None] * len(rows) for column in named.values()]
         labels = each[0] if len(each) == 1 else [_together(named, values) for values in zip(*each, strict=True)]
         texts = [_joined(text) for text in rows[columns.text]]
-        found[split] = Rows(texts, [_label(label, kind) for label in labels], kind)
+        found[split] = Rows(texts, [_label(label, kind) for label in labels], kind, bool(target.label_kind))
     return found
 
 
