@@ -191,7 +191,7 @@ def _fix(out: str, raw: Mapping[str, Dataset], rows: Mapping[str, Rows], data: T
     paths = data.path.values() if isinstance(data.path, Mapping) else [data.path]
     cleanings = plan(rows)
     with new_folder(out, None, [Path(path) for path in paths], option="check.fix") as new:
-        write(raw, data.columns.text, cleanings, new)
+        write(raw, data.columns, cleanings, new)
     return {
         split: f"{len(its) - len(cleanings[split].removed):,} of {len(its):,} rows; {cleanings[split].said()}"
         for split, its in raw.items()

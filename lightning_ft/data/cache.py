@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,12 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 
 from lightning_ft.data.sources import quiet_bars
+from lightning_ft.data.targets import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lightning_ft.data.targets import Columns, Target
+    from lightning_ft.data.targets import Columns
 
 
 def encoded(
@@ -51,8 +52,8 @@ def encoded(
         limit: in tokens.
         keep: whether to look for it, and to leave it for others. Otherwise it's on disk while this process lasts.
     """
-    code = _code(type(target))
-    keep = keep and code is not None
+    code = [_code(type(part)) for part in _targets(target)]
+    keep = keep and None not in code
     # What must be the same for the same to come out.
     what = [rows._fingerprint, vars(target), code, columns, dict(facts), fingerprint(tokenizer), limit, _versions()]
     root = cache_dir() if keep else _scratch()
@@ -89,6 +90,16 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     name = None if backend is not None else tokenizer.name_or_path
     about = [type(tokenizer).__qualname__, name, settings, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
     return Hasher.hash([json.dumps(state, sort_keys=True), about])
+
+
+def _targets(value: Any) -> Iterator[Target]:
+    """A target, and those that it's made of."""
+    if isinstance(value, Target):
+        yield value
+        value = vars(value)
+    if isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _targets(part)
 
 
 def _code(kind: type) -> str | None:

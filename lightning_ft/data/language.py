@@ -236,6 +236,7 @@ class Texts(LanguageTarget):
     """
 
     label_kind = None
+    cuts = False
 
     learns = "whole texts are learned"
 

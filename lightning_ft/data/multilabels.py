@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from lightning_ft.data.sources import DataError, check_column, check_rows
-from lightning_ft.data.targets import Columns, Facts, Target, check_labels, check_texts
+from lightning_ft.data.targets import Columns, Facts, Target, check_labels, check_texts, named
 
 _STRATUM = 8
 """Rows that a stratum needs: of ten, a fifth is taken for the test first, and an eighth of the rest for validation."""
@@ -36,7 +36,7 @@ class MultiLabels(Target):
         """A text and labels in each row."""
         check_texts(rows, columns, where)
         check_column(rows, "label", columns.label, where)
-        values = rows[columns.label]
+        values = named(rows, columns.label)
         texts = [(i + 1, value) for i, value in enumerate(values) if isinstance(value, (str, int, float))]
         if self.separator is None and texts:
             row, text = texts[0]
@@ -57,6 +57,10 @@ class MultiLabels(Target):
     def check_known(self, rows: Dataset, columns: Columns, facts: Facts, where: str) -> None:
         """No label but those of training."""
         check_labels(self._of(rows, columns), facts["labels"], where)
+
+    def readings(self, rows: Dataset, columns: Columns) -> list[Any]:
+        """The labels of each row in alphabetical order; none is a label too, None alone is not."""
+        return [self._reading(value) for value in named(rows, columns.label)]
 
     def strata(self, rows: Dataset, columns: Columns) -> list[str]:
         """The rarest label of each row, by which a rare one gets into each split; or that there is none.
@@ -80,12 +84,20 @@ class MultiLabels(Target):
 
     def _of(self, rows: Dataset, columns: Columns) -> list[list[str]]:
         """The labels of each row, each once."""
-        return [list(dict.fromkeys(self._parts(value))) for value in rows[columns.label]]
+        return [list(dict.fromkeys(self._parts(value))) for value in named(rows, columns.label)]
 
     def _parts(self, value: Any) -> list[str]:
         if isinstance(value, list):
             return [str(label).strip() for label in value]
         return [part.strip() for part in str(value).split(self.separator) if part.strip()]
+
+    def _reading(self, value: Any) -> tuple[str, ...] | None:
+        if value is None or str(value) == "nan":
+            return None
+        if self.separator is None and not isinstance(value, list):  # refused in training: here it's a label as it is
+            return (str(value).strip(),)
+        present = [one for one in value if one is not None] if isinstance(value, list) else value
+        return tuple(sorted(set(self._parts(present))))
 
     def _is_list(self, value: Any) -> bool:
         if isinstance(value, list):

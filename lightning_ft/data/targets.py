@@ -5,6 +5,7 @@ Each has the task of like name: a Target makes the ``labels`` of a batch, and th
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,9 @@ class Target(ABC):
 
     label_kind: ClassVar[LabelKind | None] = "class"
     """None where no column but that of the text is read."""
+
+    cuts: ClassVar[bool] = True
+    """Whether of a text that is longer than the limit of tokens something isn't learned."""
 
     packing: bool = False
     """Whether :meth:`arranged` puts several examples in a row, which virtual tokens before the row don't go with."""
@@ -75,6 +79,13 @@ class Target(ABC):
 
     def check_known(self, rows: Dataset, columns: Columns, facts: Facts, where: str) -> None:  # noqa: B027
         """Raise DataError if a row of a split has what training, of which ``facts`` are, never saw."""
+
+    def readings(self, rows: Dataset, columns: Columns) -> list[Any]:
+        """The label of each row as the checks of :mod:`lightning_ft.data.quality` compare it, by ``label_kind``.
+
+        Rows may be any: nothing has been checked yet. None where there is no label, or something else in its place.
+        """
+        return [_reading(value, self.label_kind) for value in named(rows, columns.label)]
 
     def strata(self, rows: Dataset, columns: Columns) -> list[str] | None:
         """A word for each row; rows with the same one are shared out to the splits alike. None to share out at will."""
@@ -171,7 +182,7 @@ class Several(Target):
         targets: by the names of the tasks. Each has one label a text.
     """
 
-    label_kind = "text"
+    label_kind = "classes"
 
     def __init__(self, targets: Mapping[str, Target]) -> None:
         self.targets = dict(targets)
@@ -189,6 +200,22 @@ class Several(Target):
         """That each of them knows what it meets."""
         for name, target, own in self._each(columns):
             target.check_known(rows, own, facts["tasks"][name], where)
+
+    def readings(self, rows: Dataset, columns: Columns) -> list[Any]:
+        """The classes of each row, each with the name of its task; None where a task has no label.
+
+        Of numbers only whether they're there: two that differ a little are no contradiction.
+        """
+        found = [
+            [
+                (f"{name} {', '.join(value) if isinstance(value, tuple) else value}",)
+                if target.label_kind in ("class", "classes") and value is not None
+                else (None if value is None else ())
+                for value in target.readings(rows, own)
+            ]
+            for name, target, own in self._each(columns)
+        ]
+        return [None if None in row else tuple(sum(row, ())) for row in zip(*found, strict=True)]
 
     def strata(self, rows: Dataset, columns: Columns) -> list[str] | None:
         """Those of the first that has any."""
@@ -297,6 +324,21 @@ def check_labels(labels: Sequence[Sequence[str]], known: Sequence[str], where: s
         )
 
 
+def by_name(feature: Any, value: Any) -> Any:
+    """A value of a column of the hub's labels, or of lists of them, by name; None for -1, "no label". Others stay."""
+    inner = getattr(feature, "feature", feature)
+    if not isinstance(inner, ClassLabel):
+        return value
+    if isinstance(value, list):
+        return [by_name(inner, one) for one in value]
+    return inner.int2str(value) if value is not None and value >= 0 else None
+
+
+def named(rows: Dataset, column: str) -> list[Any]:
+    """A column's values, the hub's labels by name."""
+    return [by_name(rows.features[column], value) for value in rows[column]]
+
+
 def row_labels(rows: Dataset, label: str) -> list[str]:
     """The label of each row, by name."""
     feature = rows.features[label]
@@ -313,6 +355,20 @@ def label_names(rows: Dataset, label: str) -> list[str]:
     values = set(rows[label])
     numeric = all(isinstance(value, (int, float)) for value in values)
     return [str(value) for value in (sorted(values) if numeric else sorted(map(str, values)))]
+
+
+def _reading(value: Any, kind: LabelKind | None) -> Any:
+    if isinstance(value, (list, tuple)):
+        names = [str(one) for one in value if one is not None]
+        return " ".join(names) if kind == "tags" else tuple(sorted(names))
+    if value is None or str(value).strip() in ("", "nan"):
+        return None
+    if kind != "number":
+        return str(value)
+    try:
+        return float(value) if math.isfinite(float(value)) else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def _is_text(value: Any) -> bool:

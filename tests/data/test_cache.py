@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from lightning_ft.data import cache
 from lightning_ft.data.module import TextDataModule
-from lightning_ft.data.targets import Classes
+from lightning_ft.data.targets import Classes, Several
 
 ROWS = [(f"the battery is {'very ' * (i % 5)}good {i}", ("bad", "good")[i % 2]) for i in range(40)]
 
@@ -116,6 +116,19 @@ def test_whatever_else_would_come_out_is_tokenised(
     else:
         splits(file, tiny_bert_dir, **other)
     assert sum(counted) == len(ROWS)
+
+
+@pytest.mark.parametrize("changed", ["other code", None])
+def test_the_code_of_each_of_several_targets_counts(
+    tmp_path: Path, tiny_bert_dir: str, monkeypatch: pytest.MonkeyPatch, changed: str | None
+) -> None:
+    file, code = write(tmp_path / "a.csv"), cache._code
+    options: dict[str, Any] = {"target": Several({"one": Other(0)}), "label": {"one": "label"}}
+    first = splits(file, tiny_bert_dir, **options)
+    assert len(list(cache.cache_dir().iterdir())) == 3
+    monkeypatch.setattr(cache, "_code", lambda kind: changed if kind is Other else code(kind))
+    assert splits(file, tiny_bert_dir, **options) == first
+    assert len(list(cache.cache_dir().iterdir())) == (6 if changed else 3)
 
 
 def test_nothing_is_kept_or_looked_for_where_it_is_switched_off(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, List
 
 from lightning_ft.data.module import TextDataModule
 from lightning_ft.data.multilabels import MultiLabels
@@ -37,6 +37,17 @@ def test_lists_and_strings_say_the_same(separator: str | None, values: list[Any]
     target, rows = MultiLabels(separator), rows_of(values)
     assert check({"train": rows}, target, COLUMNS, "source") == FACTS
     assert target.labels(rows, COLUMNS, FACTS) == [[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0]]
+
+
+def test_labels_of_the_hub_are_known_by_their_names() -> None:
+    names = ["rude", "late", "broken"]
+    rows = rows_of([[1, 2], [], [0], [1]]).cast_column("labels", List(ClassLabel(names=names)))
+    assert check({"train": rows}, MultiLabels(), COLUMNS, "source") == FACTS
+    assert MultiLabels().labels(rows, COLUMNS, FACTS) == [[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0]]
+    with pytest.raises(DataError, match="row 1 has"):  # -1 is the hub's "no label"
+        check(
+            {"train": rows_of([[-1]]).cast_column("labels", rows.features["labels"])}, MultiLabels(), COLUMNS, "source"
+        )
 
 
 def test_numbers_are_labels_too() -> None:

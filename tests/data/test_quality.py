@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,14 +14,18 @@ import pytest
 from datasets import ClassLabel, Dataset, Sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lightning_ft.data.language import Chats, Completions, Texts
+from lightning_ft.data.multilabels import MultiLabels
+from lightning_ft.data.numbers import Numbers
 from lightning_ft.data.quality import examine
-from lightning_ft.data.quality.cleaning import plan
+from lightning_ft.data.quality.cleaning import plan, write
 from lightning_ft.data.quality.confidence import FEWEST, confidence, cross_validated, errors, suspicious
 from lightning_ft.data.quality.duplicates import NEARLY, runs, similar
 from lightning_ft.data.quality.findings import KINDS, SEVERITIES, Finding, Rows, Splits, identity, rows_of
+from lightning_ft.data.quality.privacy import personal_data
 from lightning_ft.data.quality.tokens import histogram, tokens
 from lightning_ft.data.sources import DataError, read
-from lightning_ft.data.targets import Classes, Columns, Several
+from lightning_ft.data.targets import Classes, Columns, Several, Target
 
 WORDS = (
     "the screen battery case box lens film engine door shop clock lamp chair bread water road river stone glass paper"
@@ -138,7 +143,10 @@ def test_numbers_contradict_when_they_are_far_apart_and_texts_never_do(check: An
 
     assert check(splits(0.1)) == [("duplicate", "train", (2,))]
     assert check(splits(8.0)) == [("contradiction", "train", (1, 2)), ("duplicate", "train", (2,))]
-    assert check(splits(8.0, "text")) == [("duplicate", "train", (2,))]
+    assert check(splits(8.0, "text"), nearly=False) == []  # an answer more to one question
+    same = splits(8.0, "text")["train"]
+    same = replace(same, labels=[same.labels[0], *same.labels[:1], *same.labels[2:]])
+    assert check({"train": same}) == [("duplicate", "train", (2,))]
     assert check(splits(8.0, "tags")) == [("contradiction", "train", (1, 2)), ("duplicate", "train", (2,))]
 
 
@@ -321,10 +329,14 @@ def test_labels_of_every_form_are_read(rows: Dataset, kind: str, labels: list[An
 
 
 def test_what_is_learned_apart_is_one_label_of_its_text() -> None:
-    rows = Dataset.from_dict({"text": ["a", "b"], "score": [3, None], "tone": ["dry", "dry"]})
-    target = Several({"score": Classes(), "tone": Classes()})
-    found = rows_of({"train": rows}, target, Columns("text", {"score": "score", "tone": "tone"}))["train"]
-    assert (found.kind, list(found.labels)) == ("text", ["score 3, tone dry", None])
+    rows = Dataset.from_dict(
+        {"text": ["a", "b", "A"], "score": [3, None, 4], "tone": ["dry", "dry", "dry"], "size": [1.5, 2.5, 3.5]}
+    )
+    target = Several({"score": Classes(), "tone": Classes(), "size": Numbers()})
+    columns = Columns("text", {"score": "score", "tone": "tone", "size": "size"})
+    found = rows_of({"train": rows}, target, columns)["train"]
+    assert (found.kind, list(found.labels)) == ("classes", [("score 3", "tone dry"), None, ("score 4", "tone dry")])
+    assert plan({"train": found})["train"].removed == {0: "contradiction", 1: "no_label", 2: "contradiction"}
 
 
 def test_of_a_chat_the_messages_are_the_text_and_there_need_be_no_label() -> None:
@@ -333,6 +345,34 @@ def test_of_a_chat_the_messages_are_the_text_and_there_need_be_no_label() -> Non
     )
     found = rows_of({"train": rows}, Classes(), Columns("messages", None))["train"]
     assert (list(found.texts), list(found.labels)) == (["hi\nyo"], [None])
+
+
+def test_rows_that_need_no_label_lack_none(tokenizer: PreTrainedTokenizerBase) -> None:
+    splits = {"train": Dataset.from_dict({"text": clean()["train"].texts})}
+    rows = rows_of(splits, Texts(), Columns("text", "label"))
+    assert examine(rows, tokenizer, 5).findings == []  # nor is a text cut that goes into blocks
+    assert plan(rows)["train"].removed == {}
+
+
+def test_what_is_no_number_is_no_label_and_its_row_is_told(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = rows_of(
+        {"train": labelled(["1.5", "2", "many", "inf"], texts=list(clean()["train"].texts[:4]))}, Numbers(), COLUMNS
+    )
+    assert list(rows["train"].labels) == [1.5, 2.0, None, None]
+    assert [(f.kind, f.rows) for f in examine(rows, tokenizer, 200).findings] == [("no_label", (3, 4))]
+
+
+@pytest.mark.parametrize(
+    ("target", "labels"),
+    [
+        (MultiLabels(";"), ["late; broken", "", "broken;late", None]),
+        (MultiLabels(), [["late", "broken"], [], ["broken", "late", "late"], None]),
+    ],
+)
+def test_several_labels_are_read_as_the_target_reads_them(target: MultiLabels, labels: list[Any]) -> None:
+    found = rows_of({"train": labelled(labels)}, target, COLUMNS)
+    assert list(found["train"].labels) == [("broken", "late"), (), ("broken", "late"), None]
+    assert plan(found)["train"].removed == {3: "no_label"}
 
 
 def test_a_column_that_is_not_there_is_said() -> None:
@@ -396,6 +436,41 @@ def test_of_copies_the_first_stays_and_of_leaks_the_later_split() -> None:
     cleanings = plan(planted)
     assert cleanings["train"].removed == {2: "duplicate", 4: "duplicate", 6: "leak"}
     assert not cleanings["test"].removed
+
+
+def written(raw: Dataset, target: Target, columns: Columns, folder: Path) -> Dataset:
+    cleanings = plan(rows_of({"train": raw}, target, columns))
+    write({"train": raw}, columns, cleanings, folder)
+    return Dataset.from_list([json.loads(line) for line in (folder / "train.jsonl").read_text("utf-8").splitlines()])
+
+
+def test_of_a_completion_too_personal_data_are_replaced_and_a_prompt_keeps_all_its_completions(tmp_path: Path) -> None:
+    raw = Dataset.from_dict(
+        {"text": ["Whom to ask?"] * 3, "label": ["Ann, a@b.com", "Bob, c@d.org", "ann, e@f.net"], "id": [1, 2, 3]}
+    )
+    (found,) = personal_data(rows_of({"train": raw}, Completions(), COLUMNS))
+    assert found.rows == (1, 2, 3)
+    assert written(raw, Completions(), COLUMNS, tmp_path).to_dict() == {
+        "text": ["Whom to ask?"] * 2, "label": ["Ann, [EMAIL]", "Bob, [EMAIL]"], "id": [1, 2],
+    }  # fmt: skip
+    assert json.loads((tmp_path / "changes.json").read_text())["train"]["rows_redacted"] == [1, 2]
+
+
+def test_a_chat_stays_one_with_each_message_its_own(tmp_path: Path) -> None:
+    said = ["Hi.\n\nWrite to a@b.com", "", "Your phone:\n", "555-234-5678\nor c@d.org", "Bye"]
+    clean_of = ["Hi.\n\nWrite to [EMAIL]", "", "Your phone:\n", "[PHONE]\nor [EMAIL]", "Bye"]
+    roles = ["user", "assistant"] * 3
+    chat, expected = (
+        [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+        for contents in (said, clean_of)
+    )
+    found = written(Dataset.from_dict({"chat": [chat]}), Chats(), Columns("chat", None), tmp_path)
+    assert found["chat"][0] == expected
+
+
+def test_labels_of_the_hub_are_written_by_name_in_lists_too(tmp_path: Path) -> None:
+    raw = labelled([[1, 0], [], [1]], Sequence(ClassLabel(names=["no", "yes"])))
+    assert written(raw, MultiLabels(), COLUMNS, tmp_path)["label"] == [["yes", "no"], [], ["yes"]]
 
 
 def test_texts_with_tags_keep_their_words() -> None:

@@ -61,7 +61,10 @@ def examine(
     if nearly:
         found += near(splits, places, track)
     its_tokens = tokens(splits, tokenizer, most, track)
-    found += [*truncation(its_tokens, limit), *unknown_tokens(splits, its_tokens)]
+    found += [
+        *truncation({split: its for split, its in its_tokens.items() if splits[split].cut}, limit),
+        *unknown_tokens(splits, its_tokens),
+    ]
     judged = None
     if embed is not None:
         judged = confidence(splits, embed, seed, track)

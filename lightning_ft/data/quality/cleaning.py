@@ -6,16 +6,18 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
 from lightning_ft.data.quality.duplicates import leaks, same_texts
 from lightning_ft.data.quality.findings import Splits
 from lightning_ft.data.quality.labels import contradictions, empty
 from lightning_ft.data.quality.privacy import redacted
 from lightning_ft.data.sources import DataError
+from lightning_ft.data.targets import Columns, by_name
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Cleaning:
 
     Attributes:
         texts: what stands in place of a text, by its index.
+        labels: the same of a label that is a text.
         removed: why a row goes, by its index: a kind of finding.
         replaced: how many personal data of each kind were replaced, in rows that stay or go.
     """
@@ -31,6 +34,7 @@ class Cleaning:
     texts: dict[int, str] = field(default_factory=dict)
     removed: dict[int, str] = field(default_factory=dict)
     replaced: Counter[str] = field(default_factory=Counter)
+    labels: dict[int, str] = field(default_factory=dict)
 
     def said(self) -> str:
         """In words."""
@@ -49,10 +53,16 @@ def plan(splits: Splits) -> dict[str, Cleaning]:
     """
     cleanings = {}
     for split, data in splits.items():
-        texts, replaced = redacted(data)
-        cleanings[split] = Cleaning(texts, {}, replaced)
+        # Tags belong to the words as they are.
+        texts, replaced = redacted(data.texts if data.kind != "tags" else ())
+        labels, more = redacted(data.labels if data.kind == "text" else ())
+        cleanings[split] = Cleaning(texts, {}, replaced + more, labels)
     new = {
-        split: replace(data, texts=[cleanings[split].texts.get(i, text) for i, text in enumerate(data.texts)])
+        split: replace(
+            data,
+            texts=[cleanings[split].texts.get(i, text) for i, text in enumerate(data.texts)],
+            labels=[cleanings[split].labels.get(i, label) for i, label in enumerate(data.labels)],
+        )
         for split, data in splits.items()
     }
     places = same_texts(new)
@@ -69,7 +79,7 @@ def plan(splits: Splits) -> dict[str, Cleaning]:
     return cleanings
 
 
-def write(raw: Mapping[str, Dataset], text: str, cleanings: Mapping[str, Cleaning], folder: Path) -> None:
+def write(raw: Mapping[str, Dataset], columns: Columns, cleanings: Mapping[str, Cleaning], folder: Path) -> None:
     """Write a file ``SPLIT.jsonl`` for each split, and ``changes.json``, which says what was done to which row.
 
     All columns are kept; labels of the hub are written by name.
@@ -82,18 +92,31 @@ def write(raw: Mapping[str, Dataset], text: str, cleanings: Mapping[str, Cleanin
         cleaning = cleanings[split]
         if len(cleaning.removed) == len(rows):
             raise DataError(f"Nothing would be left of {split} when cleaned: {cleaning.said()}.")
-        names = {key: feature for key, feature in rows.features.items() if isinstance(feature, ClassLabel)}
         with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for i, row in enumerate(rows):
                 if i in cleaning.removed:
                     continue
-                row = {**row, **{k: f.int2str(row[k]) for k, f in names.items() if row[k] is not None and row[k] >= 0}}
+                row = {key: by_name(rows.features[key], value) for key, value in row.items()}
                 if i in cleaning.texts:
-                    row[text] = cleaning.texts[i]
+                    row[columns.text] = _put_back(row[columns.text], cleaning.texts[i])
+                if i in cleaning.labels:
+                    row[columns.label] = cleaning.labels[i]
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         by_kind: dict[str, list[int]] = {}
         for i, kind in sorted(cleaning.removed.items()):
             by_kind.setdefault(kind, []).append(i + 1)
-        redactions = [i + 1 for i in sorted(cleaning.texts) if i not in cleaning.removed]
+        redactions = [i + 1 for i in sorted({*cleaning.texts, *cleaning.labels}) if i not in cleaning.removed]
         changes[split] = {"rows_removed": by_kind, "rows_redacted": redactions, "redactions": dict(cleaning.replaced)}
     (folder / "changes.json").write_text(json.dumps(changes, indent=2) + "\n", encoding="utf-8")
+
+
+def _put_back(value: Any, text: str) -> Any:
+    """The text in the form that its value has: of a chat each message gets its lines, for no pattern spans two."""
+    if isinstance(value, str) or not all(isinstance(message, dict) for message in value):
+        return text
+    lines, messages = iter(text.split("\n")), []
+    for message in value:
+        content = str(message.get("content", ""))
+        new = "\n".join(islice(lines, content.count("\n") + 1))
+        messages.append({**message, "content": new} if new != content else message)
+    return messages

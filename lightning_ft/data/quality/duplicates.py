@@ -43,11 +43,15 @@ _RUN, _FEWEST, _SHARED, _NEIGHBOURS = 5, 20, 5, 50
 
 
 def same_texts(splits: Splits) -> dict[str, list[Place]]:
-    """Where each text stands, by its identity, in the order of the splits and the rows."""
+    """Where each text stands, by its identity, in the order of the splits and the rows.
+
+    Where a label is a text of its own, a completion say, the two are one: a prompt may well have several.
+    """
     places: dict[str, list[Place]] = defaultdict(list)
     for split in sorted(splits, key=_order):
         for i, text in splits[split].readable():
-            places[identity(text)].append((split, i))
+            label = splits[split].labels[i] if splits[split].kind == "text" else None
+            places["\n".join(map(identity, [text, label] if label else [text]))].append((split, i))
     return places
 
 

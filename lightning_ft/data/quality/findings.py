@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
 from lightning_ft.data.sources import check_column
 from lightning_ft.data.targets import Columns, LabelKind, Target
@@ -34,7 +34,7 @@ KINDS = {
     "suspicious_label": "rows whose label the base's own embeddings speak against",
     "truncation": "texts that are longer than what the model reads",
     "unknown_tokens": "texts in a writing that the base's tokenizer doesn't know",
-    "personal_data": "e-mail addresses, phone numbers, ids and the like in the texts",
+    "personal_data": "e-mail addresses, phone numbers, ids and the like in the texts, or in labels that are texts",
 }
 """What is looked for, the worst first."""
 
@@ -48,15 +48,24 @@ class Rows:
         labels: of each row; None where there is none.
         kind: what a label is: one class (a string), several classes (a tuple of strings), a number, tags (a string
             of as many words as the text), or a text of its own.
+        labelled: whether a row needs a label.
+        cut: whether of a text that is longer than the limit of tokens something isn't learned.
     """
 
     texts: Sequence[Any]
     labels: Sequence[Any]
     kind: LabelKind = "class"
+    labelled: bool = True
+    cut: bool = True
 
     def readable(self) -> Iterator[tuple[int, str]]:
         """The index and the text of each row that has one."""
         return ((i, text) for i, text in enumerate(self.texts) if is_text(text))
+
+    def written(self) -> Iterator[tuple[int, str]]:
+        """As :meth:`readable`; then the index and the label of each row whose label is a text of its own."""
+        yield from self.readable()
+        yield from ((i, y) for i, y in enumerate(self.labels) if self.kind == "text" and is_text(y))
 
     def classes(self) -> Iterator[str]:
         """Each class of each row; nothing where labels aren't classes."""
@@ -97,17 +106,16 @@ def rows_of(raw: Mapping[str, Dataset], target: Target, columns: Columns, source
     Raises:
         DataError: if a column isn't there.
     """
-    kind = target.label_kind or "text"
-    label = columns.label if target.label_kind else None
-    named = label if isinstance(label, Mapping) else {"": label}
+    named = columns.label if isinstance(columns.label, Mapping) else {"": columns.label}
+    labelled = target.label_kind is not None and columns.label is not None
+    options = [("text", columns.text), *(("label", column) for column in named.values() if labelled)]
     found = {}
     for split, rows in raw.items():
-        for option, column in [("text", columns.text), *(("label", column) for column in named.values() if column)]:
+        for option, column in options:
             check_column(rows, option, column, f"{source}, {split}")
-        each = [_named(rows, column) if column else [None] * len(rows) for column in named.values()]
-        labels = each[0] if len(each) == 1 else [_together(named, values) for values in zip(*each, strict=True)]
+        labels = target.readings(rows, columns) if labelled else [None] * len(rows)
         texts = [_joined(text) for text in rows[columns.text]]
-        found[split] = Rows(texts, [_label(label, kind) for label in labels], kind)
+        found[split] = Rows(texts, labels, target.label_kind or "text", labelled, target.cuts)
     return found
 
 
@@ -154,24 +162,6 @@ def each(_: str, items: Sequence[Any]) -> Iterable[Any]:
     return items
 
 
-def _named(rows: Dataset, label: str) -> list[Any]:
-    """The labels, those of the hub by their names."""
-    feature: Any = rows.features[label]
-    inner = getattr(feature, "feature", feature)
-    values: list[Any] = list(rows[label])
-    if not isinstance(inner, ClassLabel):
-        return values
-
-    def name(value: Any) -> Any:  # -1 is the hub's "no label"
-        return inner.int2str(value) if value is not None and value >= 0 else None
-
-    return [[name(one) for one in value] if isinstance(value, list) else name(value) for value in values]
-
-
-def _together(names: Iterable[str], values: Sequence[Any]) -> str | None:
-    return None if None in values else ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
-
-
 def _joined(text: Any) -> Any:
     if isinstance(text, (list, tuple)) and text:
         if all(isinstance(word, str) for word in text):
@@ -179,12 +169,3 @@ def _joined(text: Any) -> Any:
         if all(isinstance(message, dict) for message in text):  # of a chat
             return "\n".join(str(message.get("content", "")) for message in text)
     return text
-
-
-def _label(value: Any, kind: LabelKind) -> Any:
-    if isinstance(value, (list, tuple)):
-        names = [str(one) for one in value if one is not None]
-        return " ".join(names) if kind == "tags" else tuple(sorted(names))
-    if value is None or str(value).strip() in ("", "nan"):
-        return None
-    return float(value) if kind == "number" else str(value)

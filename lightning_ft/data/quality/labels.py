@@ -23,7 +23,7 @@ def empty(splits: Splits) -> Iterator[Finding]:
             message = f"{count(len(rows))} without a text: {numbered(rows)}. Fill or remove them."
             yield Finding("empty", "error", split, tuple(rows), message, tuple(examples))
         # A row of several classes may well have none of them.
-        rows = [i + 1 for i, label in enumerate(data.labels) if label is None]
+        rows = [i + 1 for i, label in enumerate(data.labels) if label is None and data.labelled]
         if rows:
             message = f"{count(len(rows))} without a label: {numbered(rows)}. Fill or remove them."
             yield Finding("no_label", "error", split, tuple(rows), message)

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lightning_ft.data.quality.findings import Finding, Rows, Splits, count, excerpt, numbered
+from lightning_ft.data.quality.findings import Finding, Splits, count, excerpt, is_text, numbered
 
 NOTED = {"URL", "FILE"}
 """What is seldom personal: a note alone."""
@@ -60,31 +60,29 @@ def redact(text: str) -> tuple[str, Counter[str]]:
 
 
 def personal_data(splits: Splits) -> Iterator[Finding]:
-    """Rows with personal data in their text, by kind."""
+    """Rows with personal data in their text, or in a label that is a text of its own, by kind."""
     for split, data in splits.items():
         rows: dict[str, list[int]] = defaultdict(list)
         examples: dict[str, list[str]] = defaultdict(list)
-        for i, text in data.readable():
+        for i, text in data.written():
             shown, kinds = redact(text)
             for kind in kinds:
-                rows[kind].append(i + 1)
+                rows[kind].append(i + 1)  # twice, where text and label have some
                 examples[kind].append(f"row {i + 1}: {_around(shown, kind)}")
         for kind in dict.fromkeys(pattern.kind for pattern in PATTERNS if pattern.kind in rows):
-            message = f"{count(len(rows[kind]))} with {_WORDS[kind]}: {numbered(rows[kind])}."
+            its = tuple(sorted(set(rows[kind])))
+            message = f"{count(len(its))} with {_WORDS[kind]}: {numbered(its)}."
             message += " check.fix=FOLDER writes a copy without."
             severity = "note" if kind in NOTED else "warning"
-            yield Finding("personal_data", severity, split, tuple(rows[kind]), message, tuple(examples[kind][:3]))  # type: ignore[arg-type]
+            yield Finding("personal_data", severity, split, its, message, tuple(examples[kind][:3]))  # type: ignore[arg-type]
 
 
-def redacted(data: Rows) -> tuple[dict[int, str], Counter[str]]:
-    """The texts that change by :func:`redact`, by their index, and how many of each kind there were.
-
-    None where labels are tags: these belong to the words as they are.
-    """
+def redacted(values: Iterable[Any]) -> tuple[dict[int, str], Counter[str]]:
+    """The texts that change by :func:`redact`, by their index, and how many of each kind there were."""
     changed: dict[int, str] = {}
     found: Counter[str] = Counter()
-    for i, text in data.readable() if data.kind != "tags" else ():
-        shown, kinds = redact(text)
+    for i, value in enumerate(values):
+        shown, kinds = redact(value) if is_text(value) else ("", Counter())
         if kinds:
             changed[i] = shown
             found += kinds
