@@ -146,11 +146,11 @@ def test_sources_and_targets_are_learned(home: Path) -> None:
 
 def test_what_does_not_go_together_is_said_before_training(home: Path, model: str) -> None:
     data = write_rows(home / "data.jsonl")
-    prompt = call(*tiny_run(model, data, *LM, "method=prompt", "data.target.packing=true"))
+    prompt = call(*tiny_run(model, data, *LM, "method=prompt", "data.target.packing=true", "hydra.run.dir=one"))
     assert "20 virtual tokens" in prompt.message
-    head = call(*tiny_run(model, data, *LM, "method=head"))
+    head = call(*tiny_run(model, data, *LM, "method=head", "hydra.run.dir=two"))
     assert "HeadOnly leaves nothing" in head.message
-    template = call(*tiny_run(model, data, *LM, "data.target.template={prompt}"))
+    template = call(*tiny_run(model, data, *LM, "data.target.template={prompt}", "hydra.run.dir=three"))
     assert "end with {completion}" in template.message
 
 
