@@ -152,16 +152,3 @@ def test_what_does_not_go_together_is_said_before_training(home: Path, model: st
     assert "HeadOnly leaves nothing" in head.message
     template = call(*tiny_run(model, data, *LM, "data.target.template={prompt}", "hydra.run.dir=three"))
     assert "end with {completion}" in template.message
-
-
-@pytest.mark.slow
-def test_methods_are_compared(home: Path, model: str) -> None:
-    data = write_rows(home / "data.jsonl")
-    _, *arguments = tiny_run(model, data, *LM, "methods=[lora,ia3]", "hydra.run.dir=compared", "latency=1")
-    said = succeed("compare", *arguments)
-    assert "perplexity" in said
-    records = json.loads(Path("compared/compare.json").read_text())["records"]
-    assert [record["status"] for record in records] == ["finished", "finished"]
-    assert all(record["latency_ratio"] > 0 for record in records)
-    lora, ia3 = (record["val/perplexity"] for record in records)
-    assert f"The best on the validation rows is {'lora' if lora < ia3 else 'ia3'}" in said
