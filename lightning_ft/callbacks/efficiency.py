@@ -44,6 +44,7 @@ class Efficiency(Callback):
         """Start the clock, and count what trains."""
         self._started = time.perf_counter()
         self.parameters, self.trained = count_parameters(pl_module)
+        self.peak_memory_mib = 0.0
         reset_peak_memory(trainer.strategy.root_device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,7 +74,7 @@ class Efficiency(Callback):
         total, trained = count_parameters(pl_module)
         self.trained = max(self.trained, trained)
         seconds = time.perf_counter() - self._epoch_started - self._paused
-        self.peak_memory_mib = peak_memory_mib(trainer.strategy.root_device)
+        self._see_memory(trainer)
         pl_module.log_dict(
             {
                 "cost/trained_share": trained / total,
@@ -85,7 +86,11 @@ class Efficiency(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock. The module has left the device that it trained on by now."""
         self.seconds = time.perf_counter() - self._started
-        self.peak_memory_mib = peak_memory_mib(trainer.strategy.root_device)
+        self._see_memory(trainer)
+
+    def _see_memory(self, trainer: Trainer) -> None:
+        # Linux counts approximately: what it says of the peak may fall by a few pages.
+        self.peak_memory_mib = max(self.peak_memory_mib, peak_memory_mib(trainer.strategy.root_device))
 
 
 def _samples_in(batch: Any) -> float:

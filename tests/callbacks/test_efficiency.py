@@ -162,7 +162,7 @@ def test_memory_is_what_the_process_held_at_most(clock: Clock) -> None:
 def test_memory_is_of_the_device_that_trained_though_the_module_has_left_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it has in on_fit_end, where the Trainer has moved it to the CPU."""
     asked: list[torch.device] = []
-    monkeypatch.setattr(efficiency, "peak_memory_mib", asked.append)
+    monkeypatch.setattr(efficiency, "peak_memory_mib", lambda device: asked.append(device) or 1.0)
     run: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
     Efficiency().on_fit_end(run, Module(Clock()))
     assert asked == [torch.device("cuda", 0)]
