@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lightning_ft.apps.paths import conf_dir
 
@@ -134,7 +134,7 @@ def fail_on(config: DictConfig) -> set[str]:
     from lightning_ft.apps.errors import RequestError
     from lightning_ft.data.quality.findings import KINDS, SEVERITIES
 
-    asked = as_list(OmegaConf.to_container(config.check, resolve=True)["fail_on"])  # type: ignore[index,call-overload]
+    asked = as_list(config.check.fail_on)
     for word in asked:
         if word not in (*KINDS, *SEVERITIES):
             near = difflib.get_close_matches(word, (*KINDS, *SEVERITIES), n=1)

@@ -18,7 +18,7 @@ from torchmetrics.classification import (
 )
 
 from lightning_ft.reporting import confusion_matrix
-from lightning_ft.tasks.pretrained import load_classifier
+from lightning_ft.tasks.pretrained import load_classifier, named_outputs
 from lightning_ft.tasks.task import Batch, Table, Task, inputs_and_labels
 from lightning_ft.tasks.weights import in_order
 
@@ -62,14 +62,8 @@ class Classification(Task):
 
     def build(self, name: str) -> PreTrainedModel:
         """The pretrained model with a new head for these labels; errors as of :func:`load_classifier`."""
-        names = dict(enumerate(self.labels))
-        return load_classifier(
-            name,
-            num_labels=len(self.labels),
-            id2label=names,
-            label2id={label: i for i, label in names.items()},
-            problem_type="single_label_classification",  # by which transformers' pipeline takes the softmax
-        )
+        # The problem's type is what transformers' pipeline takes the softmax by.
+        return load_classifier(name, **named_outputs(self.labels), problem_type="single_label_classification")
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy: logits (batch, classes), labels (batch,) to a scalar, computed in fp32."""

@@ -17,7 +17,7 @@ from torchmetrics.functional.classification import (
     binary_recall_at_fixed_precision,
 )
 
-from lightning_ft.tasks.pretrained import load_classifier
+from lightning_ft.tasks.pretrained import load_classifier, named_outputs
 from lightning_ft.tasks.rows import StageRows
 from lightning_ft.tasks.task import Batch, Table, Task, inputs_and_labels
 from lightning_ft.tasks.weights import in_order
@@ -81,14 +81,7 @@ class MultiLabelClassification(Task):
 
     def build(self, name: str) -> PreTrainedModel:
         """The pretrained model with a new head for these labels; errors as of :func:`load_classifier`."""
-        names = dict(enumerate(self.labels))
-        return load_classifier(
-            name,
-            num_labels=len(self.labels),
-            id2label=names,
-            label2id={label: i for i, label in names.items()},
-            **self.card()["head"],
-        )
+        return load_classifier(name, **named_outputs(self.labels), **self.card()["head"])
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Binary cross-entropy: logits and labels, 0 or 1, (batch, labels) both, to a scalar, computed in fp32."""

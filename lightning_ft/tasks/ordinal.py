@@ -12,7 +12,7 @@ from torchmetrics.functional import spearman_corrcoef
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from lightning_ft.reporting import confusion_matrix
-from lightning_ft.tasks.pretrained import load_classifier
+from lightning_ft.tasks.pretrained import load_classifier, named_outputs
 from lightning_ft.tasks.rows import StageRows
 from lightning_ft.tasks.task import Batch, Table, Task, inputs_and_labels
 
@@ -95,9 +95,8 @@ class Ordinal(Task):
 
     def build(self, name: str) -> PreTrainedModel:
         """The pretrained model with a new head of K - 1 outputs; errors as of :func:`load_classifier`."""
-        names = {i: f"above {grade}" for i, grade in enumerate(self.grades[:-1])}
-        label2id = {label: i for i, label in names.items()}
-        return load_classifier(name, id2label=names, label2id=label2id, **self.card()["head"])
+        outputs = named_outputs([f"above {grade}" for grade in self.grades[:-1]])
+        return load_classifier(name, **{**outputs, **self.card()["head"]})
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """CORN's: logits (batch, K - 1), labels (batch,), the places of the grades, to a scalar, computed in fp32."""

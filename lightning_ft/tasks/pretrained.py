@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,12 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
             f"The model '{name}' can't be loaded: it isn't a local folder, and from the hub: {why}."
             " Give the path of a folder with config.json and model.safetensors, or a name from huggingface.co."
         ) from error
+
+
+def named_outputs(names: Sequence[str]) -> dict[str, Any]:
+    """The fields of a config by which a new head has an output for each of ``names``."""
+    outputs = dict(enumerate(names))
+    return {"num_labels": len(outputs), "id2label": outputs, "label2id": {name: i for i, name in outputs.items()}}
 
 
 def load_classifier(name: str, **head: Any) -> PreTrainedModel:

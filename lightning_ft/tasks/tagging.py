@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_ft.reporting import confusion_matrix
-from lightning_ft.tasks.pretrained import load_pretrained
+from lightning_ft.tasks.pretrained import load_pretrained, named_outputs
 from lightning_ft.tasks.task import Batch, Table, Task, inputs_and_labels
 
 if TYPE_CHECKING:
@@ -133,14 +133,7 @@ class TokenClassification(Task):
         """The pretrained model with a new head for these tags; errors as of :func:`load_pretrained`."""
         from transformers import AutoModelForTokenClassification
 
-        names = dict(enumerate(self.labels))
-        return load_pretrained(
-            AutoModelForTokenClassification,
-            name,
-            num_labels=len(names),
-            id2label=names,
-            label2id={label: i for i, label in names.items()},
-        )
+        return load_pretrained(AutoModelForTokenClassification, name, **named_outputs(self.labels))
 
     def loss(self, outputs: Tensor, labels: Labels) -> Tensor:
         """The mean cross-entropy over the words that the model sees, in fp32; outputs (batch, tokens, tags).
