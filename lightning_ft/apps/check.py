@@ -162,8 +162,7 @@ def _read(data: TextDataModule) -> tuple[dict[str, Dataset], dict[str, Rows]]:
     """The splits as they are given, and what the checks see of them."""
     from lightning_ft.data.quality.findings import rows_of
 
-    raw = data.read()
-    return raw, rows_of(raw, data.target, data.columns, str(data.path))
+    return data.raw, rows_of(data.raw, data.target, data.columns, str(data.path))
 
 
 def _carved(raw: Mapping[str, Dataset]) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from datasets import Dataset
-from torch.utils.data import ConcatDataset, DataLoader, Sampler
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Sampler
 
 from lightning_ft.data.batching import LengthBucketedSampler
 from lightning_ft.data.sources import DataError
@@ -70,8 +70,8 @@ class MixedBatches(Sampler[list[int]]):
         times = -(-self.counts[k] // -(-len(self.samplers[k]) // self.batch_size))
         for time in range(times):
             self.samplers[k].set_epoch(self.epoch * times + time)
-            rows = [self.starts[k] + row for row in self.samplers[k]]
-            yield from (rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size))
+            for rows in BatchSampler(self.samplers[k], self.batch_size, drop_last=False):
+                yield [self.starts[k] + row for row in rows]
 
 
 class MultiTaskDataModule(L.LightningDataModule):
@@ -173,8 +173,8 @@ class MultiTaskDataModule(L.LightningDataModule):
     def _in_turn(self, split: str) -> DataLoader[Any]:
         size, batches, start = 2 * self._first.batch_size, [], 0
         for rows in self._rows(split).values():
-            order = [start + row for row in LengthBucketedSampler(rows["length"][:], size, None)]
-            batches += [order[i : i + size] for i in range(0, len(order), size)]
+            sampler = LengthBucketedSampler(rows["length"][:], size, None)
+            batches += [[start + row for row in batch] for batch in BatchSampler(sampler, size, drop_last=False)]
             start += len(rows)
         return self._loader(split, batches)
 

@@ -149,8 +149,9 @@ class TextDataModule(L.LightningDataModule):
         """The data sets that it consists of."""
         return [self]
 
-    def read(self) -> dict[str, Dataset]:
-        """The splits as they are given; errors as of :func:`lightning_ft.data.sources.read`."""
+    @cached_property
+    def raw(self) -> dict[str, Dataset]:
+        """The splits as they are given, read once; errors as of :func:`lightning_ft.data.sources.read`."""
         return read(self.path, self.encoding, self.name, self.format)
 
     def setup(self, stage: str) -> None:
@@ -202,8 +203,7 @@ class TextDataModule(L.LightningDataModule):
         Args:
             facts: those of the training.
         """
-        raw = self.read()
-        rows = raw.get("test") or raw[next(iter(raw))]
+        rows = self.raw.get("test") or self.raw[next(iter(self.raw))]
         check({"test": rows}, self.target, self.columns, str(self.path), facts)
         return self._evaluation_loader(self._encode(rows, facts, str(self.path)), "test")
 
@@ -215,7 +215,7 @@ class TextDataModule(L.LightningDataModule):
 
     def _read(self, source: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
         """The splits, the facts and the sizes of data that is held whole."""
-        raw = self.read()
+        raw = self.raw
         check(raw, self.target, self.columns, source)
         raw = complete(
             raw, partial(self.target.strata, columns=self.columns), self.validation, self.test, self.seed, source
