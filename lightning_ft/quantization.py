@@ -6,12 +6,35 @@ is rounded away when the sum is packed again, so that a merge has to look at wha
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.injection import is_4bit
+from lightning_ft.injection import is_4bit, is_conv1d
+from lightning_ft.ops import Linear
+
+
+def frozen_linear(module: Any, x: Tensor) -> Linear | None:
+    """What ``module`` computes of ``x``, as a frozen linear layer; None where it isn't one, or is left to itself.
+
+    Left to itself is one whose forward is its own, whose weight trains or is spread over devices, and one in 4 bits
+    while nothing trains, for which bitsandbytes has kernels.
+    """
+    weight, forward = module.weight, getattr(module, "_original", type(module)).forward
+    if is_4bit(module):
+        from bitsandbytes.nn import Linear4bit
+
+        if forward is not Linear4bit.forward or not torch.is_grad_enabled():
+            return None
+        unpack = partial(_unpacked, state=weight.quant_state)
+        return Linear(weight.data, module.bias, unpack, module.compute_dtype if module.compute_type_is_set else x.dtype)
+    if weight.requires_grad or type(weight) is not nn.Parameter:
+        return None
+    if is_conv1d(module):
+        return Linear(weight.T, module.bias)
+    return Linear(weight, module.bias) if forward is nn.Linear.forward else None
 
 
 def dense_weight(module: Any) -> Tensor:
@@ -65,6 +88,10 @@ _OF_LINEAR4BIT = ("compute_dtype", "compute_type_is_set", "quant_state", "quant_
 
 
 def _dense(weight: Any) -> Tensor:
+    return _unpacked(weight.data, weight.quant_state)
+
+
+def _unpacked(packed: Tensor, state: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.data, weight.quant_state)
+    return dequantize_4bit(packed, state)

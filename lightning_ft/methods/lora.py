@@ -47,6 +47,8 @@ from lightning_ft.injection import (
     match_modules,
     resolve_targets,
 )
+from lightning_ft.ops import lora_linear
+from lightning_ft.quantization import frozen_linear
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Bias = Literal["none", "all", "lora_only"]
@@ -143,6 +145,17 @@ class LoRALayer(Injected):
 
 class LoRALinear(LoRALayer):
     """LoRA on ``nn.Linear``."""
+
+    bias: Tensor | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) to (..., out): :func:`lightning_ft.ops.lora_linear`, where that is what the module computes."""
+        x = first_tensor(args, kwargs)
+        linear = frozen_linear(self, x)
+        if linear is None:
+            return super().forward(*args, **kwargs)
+        dropout = self.lora.dropout if self.in_training else 0.0
+        return lora_linear(x, linear, self.lora_A, self.lora_B, self.lora.scaling, dropout)
 
     @classmethod
     def for_rows(cls, layers: Sequence[Any], index: Tensor) -> Callable[..., Tensor] | None:
@@ -400,9 +413,13 @@ _PLAIN_INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica"
 class ResidualLinear(ResidualLayer, LoRALinear):
     """PiSSA or OLoRA on ``nn.Linear``."""
 
+    forward = LoRALayer.forward  # which takes one product from the other first: they cancel, to the bit at the start
+
 
 class ResidualConv1D(ResidualLayer, LoRAConv1D):
     """PiSSA or OLoRA on Hugging Face's ``Conv1D``."""
+
+    forward = LoRALayer.forward
 
 
 Variant = Literal["plain", "dora", "residual"]
