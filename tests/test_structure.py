@@ -19,14 +19,15 @@ CHECKOUT = PACKAGE.parent
 
 ROOMS: dict[str, set[str] | None] = {
     "errors": set(),
+    "ops": set(),
     "injection": set(),
     "reporting": set(),
-    "quantization": {"injection"},
+    "quantization": {"injection", "ops"},
     "files": {"injection"},
     "general": set(),
     "callbacks": {"injection", "files", "quantization", "reporting", "general"},
-    "methods": {"injection", "callbacks.finetuning", "reporting"},
-    "tasks": {"reporting", "optim", "injection", "general"},
+    "methods": {"injection", "ops", "quantization", "callbacks.finetuning", "reporting"},
+    "tasks": {"ops", "reporting", "optim", "injection", "general"},
     "optim": {"injection", "reporting", "tasks.pretrained"},
     "data": {"reporting", "optim", "tasks.pretrained"},
     "adapters": {"methods", "files", "injection", "callbacks", "quantization"},
@@ -35,7 +36,7 @@ ROOMS: dict[str, set[str] | None] = {
 }
 """What of ours a room may import beside itself, everything below a name included; None: all. A method is a room."""
 
-TORCH_ONLY = ("errors", "injection")
+TORCH_ONLY = ("errors", "ops", "injection")
 ONLY_IN = {"hydra": ("apps",), "omegaconf": ("apps",), "wandb": ("apps.loggers",)}
 """Modules that only these rooms import."""
 

@@ -42,6 +42,8 @@ from lightning_ft.injection import (
     match_modules,
     resolve_targets,
 )
+from lightning_ft.ops import lora_linear
+from lightning_ft.quantization import frozen_linear
 from lightning_ft.reporting import heat_map, log_figure, log_table
 
 # ---------------------------------------------------------------------------------------------- the maths
@@ -221,10 +223,13 @@ class AdaLoRALayer(Injected):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output plus the low-rank one; shapes are the module's."""
+        x, a = first_tensor(args, kwargs), self.lora_A * self.lora_E
+        dropout = self.adalora.lora_dropout if self.in_training else 0.0
+        linear = frozen_linear(self, x)
+        if linear is not None:
+            return lora_linear(x, linear, a, self.lora_B, self.adalora.scaling, dropout)
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        x = first_tensor(args, kwargs).to(self.lora_A.dtype)
-        x = F.dropout(x, self.adalora.lora_dropout, self.in_training)
-        low_rank = F.linear(F.linear(x, self.lora_A * self.lora_E), self.lora_B)
+        low_rank = F.linear(F.linear(F.dropout(x.to(a.dtype), dropout), a), self.lora_B)
         return out + (self.adalora.scaling * low_rank).to(out.dtype)
 
     def delta(self) -> Tensor:

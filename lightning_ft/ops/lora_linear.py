@@ -66,7 +66,7 @@ def lora_linear(x: Tensor, linear: Linear, a: Tensor, b: Tensor, scaling: float,
             out = F.linear(x, weight if dense is None else dense(weight).to(dtype), bias)
             out = out + scaling * F.linear(F.linear(F.dropout(x, dropout), a), b)
         else:
-            out = _LoRALinear.apply(x, weight, bias, dense, a, b, scaling, dropout)  # type: ignore[no-untyped-call]
+            out = _LoRALinear.apply(x, weight, bias, dense, a, b, scaling, dropout)
     return out if autocast else out.to(given)
 
 
@@ -99,7 +99,7 @@ class _LoRALinear(torch.autograd.Function):
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, a, b, h, *saved = ctx.saved_tensors
         wants_x, _, wants_bias, _, wants_a, wants_b, *_ = ctx.needs_input_grad
@@ -108,7 +108,7 @@ class _LoRALinear(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])
         dx = da = db = None
         with torch.autocast(x.device.type, enabled=False):
-            dh = grad @ b.T.contiguous().T if wants_a or (wants_x and not ctx.merged) else None
+            dh = grad @ b.T.contiguous().T
             if wants_b:
                 h = kept.times(rows, a.T) if h is None else h
                 db = (h.T @ grad).mul_(ctx.alpha).T  # in this order: a BLAS is slow at a result of few columns

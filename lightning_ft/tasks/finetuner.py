@@ -96,7 +96,7 @@ class FineTuner(L.LightningModule):
         inputs, labels = inputs_and_labels(batch)
         count = self.task.count(labels)
         if self._ground is None:
-            loss = self.task.loss(self(**inputs), labels)
+            loss = self.task.training_loss(self.model, inputs, labels)
         else:
             with watching(self.model) as seen:
                 loss = self.task.loss(self(**inputs), labels)
