@@ -7,6 +7,7 @@ backward pass: each is made from the tensors that it has to save for that.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -82,10 +83,41 @@ class Masked(Kept):
         return out.addcmul_(left @ right, self.saved[0], value=alpha)
 
 
+class Seeded(Kept):
+    """What a seed says, with the probability p of being dropped: on a GPU, by a kernel that draws the mask anew."""
+
+    def times(self, x: Tensor, right: Tensor) -> Tensor:
+        """``(m ∘ x) R``."""
+        return self._masked(x) @ right
+
+    def under(self, left: Tensor, x: Tensor) -> Tensor:
+        """``L (m ∘ x)``."""
+        return left @ self._masked(x)
+
+    def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+        """``out += m ∘ (alpha · L R)``."""
+        from lightning_ft.ops.triton_dropout import add_masked_
+
+        seed, p = self.saved
+        return add_masked_(out, (left * alpha) @ right, float(p), int(seed))
+
+    def _masked(self, x: Tensor) -> Tensor:
+        from lightning_ft.ops.triton_dropout import masked
+
+        seed, p = self.saved
+        return masked(x, float(p), int(seed))
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def keep(x: Tensor, p: float) -> Kept:
     """Draw what of ``x`` (rows, n; contiguous) is kept, each entry with probability ``1 - p``."""
     if p == 0:
         return Kept()
+    if x.is_cuda and _HAS_TRITON and x.numel() < 2**31:
+        # On the CPU, like all that is saved here: nobody waits for the GPU to read it.
+        return Seeded(torch.randint(2**31 - 1, ()), torch.tensor(p))
     if x.device.type == "cpu" and p <= 0.25:  # above, there are too many of them to be worth while
         return AllBut(positions(x.numel(), p))
     return Masked(torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p))
