@@ -150,18 +150,24 @@ def rivals(work: Workload, device: str) -> dict[str, tuple[Any, Callable[[Any, T
     }
 
 
-def gradient_difference(found: dict[str, tuple[Any, Any]], ids: Tensor) -> float:
-    """The largest difference of a gradient of A or B from PEFT's, relative to the largest value in it."""
-    for name in ("ours", "peft"):
-        model, loss = found[name]
+def gradient_errors(found: dict[str, tuple[Any, Any]], ids: Tensor) -> dict[str, float]:
+    """How far the gradients of A and B are from those over the same base in fp32, relative to their norm; the median."""
+    exact = copy.deepcopy(found["ours"][0]).float()
+    values: dict[str, dict[str, Tensor]] = {}
+    for name, model, loss in (("exact", exact, found["ours"][1]), *((n, *found[n]) for n in ("ours", "peft"))):
         model.zero_grad()
         loss(model, ids).backward()
-    theirs, worst = dict(found["peft"][0].named_parameters()), 0.0
-    for name, parameter in found["ours"][0].named_parameters():
-        other = theirs.get(f"base_model.model.{name}.default.weight")
-        if other is not None:
-            worst = max(worst, ((parameter.grad - other.grad).norm() / other.grad.norm()).item())
-    return worst
+        grads = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        values[name] = {
+            key.removeprefix("base_model.model.").removesuffix(".default.weight"): g for key, g in grads.items()
+        }
+        model.zero_grad()
+    wanted = values["exact"]
+    assert all(set(grads) == set(wanted) for grads in values.values())
+    return {
+        name: statistics.median(((values[name][key] - g).norm() / g.norm()).item() for key, g in wanted.items())
+        for name in ("ours", "peft")
+    }
 
 
 class Clock:
@@ -186,18 +192,22 @@ class Clock:
         return begin.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated() - held
 
 
-def measure(work: Workload, device: str, rounds: int) -> dict[str, Any]:
+def measure(work: Workload, device: str, rounds: int, profile: bool = False) -> dict[str, Any]:
     """All figures of one workload."""
     found, clock = rivals(work, device), Clock(device)
     vocabulary = SHAPES[work.shape]["vocab_size"]
     batches = [torch.randint(0, vocabulary, (work.batch, work.tokens), device=device) for _ in range(3)]
-    difference = gradient_difference(found, batches[0]) if work.dropout == 0 else None
+    plain = not (work.dropout or work.quantize or work.checkpointing) and work.shape != "8B"
+    errors = gradient_errors(found, batches[0][:1]) if plain else None
     steps, trained = {}, {}
     for name, (model, loss) in found.items():
         parameters = [p for p in model.parameters() if p.requires_grad]
         trained[name] = sum(p.numel() for p in parameters)
         optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if parameters else None
         steps[name] = step_of(model, loss, optimizer, batches)
+    if profile:
+        for name in ("ours", "limit"):
+            show_profile(name, steps[name])
     times: dict[str, list[float]] = {name: [] for name in steps}
     peaks = dict.fromkeys(steps, 0)
     for turn in range(rounds + 2):
@@ -226,7 +236,7 @@ def measure(work: Workload, device: str, rounds: int) -> dict[str, Any]:
         "step_gib": {n: b / 2**30 for n, b in peaks.items()},
         "time_of_others_over_ours": against,
         "trained": trained,
-        "gradient_difference": difference,
+        "gradient_errors": errors,
     }
 
 
@@ -244,6 +254,19 @@ def step_of(model: Any, loss: Any, optimizer: Any, batches: list[Tensor]) -> Ite
             optimizer.zero_grad()
         turn += 1
         yield
+
+
+def show_profile(name: str, step: Iterator[None]) -> None:
+    """Where the time of one step goes, by the kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    next(step), next(step)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        next(step)
+        torch.cuda.synchronize()
+    averages = seen.key_averages()
+    print(name, averages.table(sort_by="self_cuda_time_total", row_limit=14, max_name_column_width=60))
+    print(name, averages.table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=60))
 
 
 def table(figures: list[dict[str, Any]]) -> str:
@@ -271,6 +294,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shapes", nargs="*", default=["1B", "8B"], choices=list(SHAPES))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--profile", action="store_true", help="also print where the time of one step goes")
     options = parser.parse_args()
     figures: list[dict[str, Any]] = []
     for work in WORKLOADS:
@@ -278,7 +302,7 @@ def main() -> None:
             continue
         start = time.perf_counter()
         try:
-            figures.append(measure(work, options.device, options.rounds))
+            figures.append(measure(work, options.device, options.rounds, options.profile))
         except (ImportError, torch.OutOfMemoryError) as error:
             figures.append({"workload": str(work), "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
         gc.collect()

@@ -23,6 +23,8 @@ def frozen_linear(module: Any, x: Tensor) -> Linear | None:
     while nothing trains, for which bitsandbytes has kernels.
     """
     weight, forward = module.weight, getattr(module, "_original", type(module)).forward
+    if forward is nn.Linear.forward:
+        return Linear(weight, module.bias) if type(weight) is nn.Parameter and not weight.requires_grad else None
     if is_4bit(module):
         from bitsandbytes.nn import Linear4bit
 
@@ -30,11 +32,9 @@ def frozen_linear(module: Any, x: Tensor) -> Linear | None:
             return None
         unpack = partial(_unpacked, state=weight.quant_state)
         return Linear(weight.data, module.bias, unpack, module.compute_dtype if module.compute_type_is_set else x.dtype)
-    if weight.requires_grad or type(weight) is not nn.Parameter:
-        return None
-    if is_conv1d(module):
+    if is_conv1d(module) and type(weight) is nn.Parameter and not weight.requires_grad:
         return Linear(weight.T, module.bias)
-    return Linear(weight, module.bias) if forward is nn.Linear.forward else None
+    return None
 
 
 def dense_weight(module: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 ``drop(x) = m ∘ x / (1 - p)``, the entries of m independent and 1 with probability 1 - p. The factor ``1 / (1 - p)``
 is left to the caller, who has another one to fold it into. The classes here are ways of knowing m again in the
-backward pass: each is made from the tensors that it has to save for that.
+backward pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from torch import Tensor
 
 
 class Kept:
-    """All of x (rows, n): p is 0."""
+    """All of x (rows, n): p is 0.
+
+    Attributes:
+        saved: the tensors that it takes to know m again; they're autograd's to keep in between.
+    """
 
     def __init__(self, *saved: Tensor) -> None:
         self.saved = saved
@@ -25,9 +29,9 @@ class Kept:
         """``(m ∘ x) R``: (rows, n) and (n, r) to (rows, r)."""
         return x @ right
 
-    def under(self, left: Tensor, x: Tensor) -> Tensor:
-        """``L (m ∘ x)``: (r, rows) and (rows, n) to (r, n)."""
-        return left @ x
+    def under(self, like: Tensor, left: Tensor, x: Tensor, alpha: float) -> Tensor:
+        """``alpha · L (m ∘ x)``: (r, rows) and (rows, n) to (r, n); ``like`` is of that shape and dtype, not read."""
+        return torch.addmm(like, left, x, beta=0, alpha=alpha)
 
     def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
         """``out += m ∘ (alpha · L R)`` in place: (rows, n), from (rows, r) and (r, n); ``out`` is contiguous."""
@@ -45,9 +49,9 @@ class AllBut(Kept):
         """``(m ∘ x) R``."""
         return self._without(x, lambda rest: rest @ right)
 
-    def under(self, left: Tensor, x: Tensor) -> Tensor:
-        """``L (m ∘ x)``."""
-        return self._without(x, lambda rest: left @ rest)
+    def under(self, like: Tensor, left: Tensor, x: Tensor, alpha: float) -> Tensor:
+        """``alpha · L (m ∘ x)``."""
+        return self._without(x, lambda rest: super(AllBut, self).under(like, left, rest, alpha))
 
     def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
         """``out += m ∘ (alpha · L R)``."""
@@ -74,9 +78,9 @@ class Masked(Kept):
         """``(m ∘ x) R``."""
         return (x * self.saved[0]) @ right
 
-    def under(self, left: Tensor, x: Tensor) -> Tensor:
-        """``L (m ∘ x)``."""
-        return left @ (x * self.saved[0])
+    def under(self, like: Tensor, left: Tensor, x: Tensor, alpha: float) -> Tensor:
+        """``alpha · L (m ∘ x)``."""
+        return super().under(like, left, x * self.saved[0], alpha)
 
     def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
         """``out += m ∘ (alpha · L R)``."""
@@ -86,41 +90,45 @@ class Masked(Kept):
 class Seeded(Kept):
     """What a seed says, with the probability p of being dropped: on a GPU, by a kernel that draws the mask anew."""
 
+    def __init__(self, seed: int, p: float) -> None:
+        super().__init__()
+        self.seed, self.p = seed, p
+
     def times(self, x: Tensor, right: Tensor) -> Tensor:
         """``(m ∘ x) R``."""
         return self._masked(x) @ right
 
-    def under(self, left: Tensor, x: Tensor) -> Tensor:
-        """``L (m ∘ x)``."""
-        return left @ self._masked(x)
+    def under(self, like: Tensor, left: Tensor, x: Tensor, alpha: float) -> Tensor:
+        """``alpha · L (m ∘ x)``."""
+        return super().under(like, left, self._masked(x), alpha)
 
     def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
         """``out += m ∘ (alpha · L R)``."""
         from lightning_ft.ops.triton_dropout import add_masked_
 
-        seed, p = self.saved
-        return add_masked_(out, (left * alpha) @ right, float(p), int(seed))
+        return add_masked_(out, left @ right, alpha, self.p, self.seed)
 
     def _masked(self, x: Tensor) -> Tensor:
         from lightning_ft.ops.triton_dropout import masked
 
-        seed, p = self.saved
-        return masked(x, float(p), int(seed))
+        return masked(x, self.p, self.seed)
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def keep(x: Tensor, p: float) -> Kept:
     """Draw what of ``x`` (rows, n; contiguous) is kept, each entry with probability ``1 - p``."""
     if p == 0:
-        return Kept()
-    if x.is_cuda and _HAS_TRITON and x.numel() < 2**31:
-        # On the CPU, like all that is saved here: nobody waits for the GPU to read it.
-        return Seeded(torch.randint(2**31 - 1, ()), torch.tensor(p))
-    if x.device.type == "cpu" and p <= 0.25:  # above, there are too many of them to be worth while
+        return _ALL
+    if x.is_cuda and HAS_TRITON and x.numel() < 2**31:
+        return Seeded(int(torch.randint(2**31 - 1, ())), p)  # of the CPU's numbers: nobody waits for the GPU
+    if x.device.type == "cpu" and p <= 0.25 and x.numel() >= 2**14:  # else a mask is as quick
         return AllBut(positions(x.numel(), p))
     return Masked(torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p))
+
+
+_ALL = Kept()
 
 
 def positions(n: int, p: float) -> Tensor:
@@ -134,8 +142,7 @@ def positions(n: int, p: float) -> Tensor:
         left = n - last
         count = int(left * p + 4 * math.sqrt(left * p * (1 - p))) + 8  # rarely too few
         steps = torch.rand(count).neg_().log1p_().mul_(1 / math.log1p(-p)).long().add_(1)
-        steps[0] += last
-        found.append(steps.cumsum_(0))
+        found.append(steps.cumsum_(0).add_(last))
         last = int(steps[-1])
     drawn = found[0] if len(found) == 1 else torch.cat(found)
     return drawn[: int(torch.searchsorted(drawn, n))]

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_ft.ops.dropout import Kept, keep
 
@@ -54,23 +53,31 @@ def lora_linear(x: Tensor, linear: Linear, a: Tensor, b: Tensor, scaling: float,
     Returns:
         (..., out).
     """
-    kind, (weight, bias, dense, dtype) = x.device.type, linear
-    given, autocast = x.dtype, torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if autocast else dtype or weight.dtype
-    x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    if dense is None:
-        weight = weight.to(dtype)
-    with torch.autocast(kind, enabled=False):
-        if torch.compiler.is_compiling():  # it fuses what it sees
-            out = F.linear(x, weight if dense is None else dense(weight).to(dtype), bias)
-            out = out + scaling * F.linear(F.linear(F.dropout(x, dropout), a), b)
-        else:
-            out = _LoRALinear.apply(x, weight, bias, dense, a, b, scaling, dropout)
-    return out if autocast else out.to(given)
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else linear.dtype or linear.weight.dtype
+    if torch.compiler.is_compiling():  # it fuses what it sees
+        out = _plainly(x, linear, a, b, scaling, dropout, dtype)
+    elif autocast:
+        with torch.autocast(kind, enabled=False):
+            return _LoRALinear.apply(x, *linear[:3], a, b, scaling, dropout, dtype)
+    else:
+        out = _LoRALinear.apply(x, *linear[:3], a, b, scaling, dropout, dtype)
+    return out if autocast or out.dtype == x.dtype else out.to(x.dtype)
+
+
+def _plainly(
+    x: Tensor, linear: Linear, a: Tensor, b: Tensor, scaling: float, dropout: float, dtype: torch.dtype
+) -> Tensor:
+    low_rank = F.linear(F.linear(F.dropout(x.to(dtype), dropout), a.to(dtype)), b.to(dtype))
+    weight = linear.weight if linear.dense is None else linear.dense(linear.weight)
+    return F.linear(x.to(dtype), weight.to(dtype), _to(linear.bias, dtype)) + scaling * low_rank
 
 
 class _LoRALinear(torch.autograd.Function):
+    # Where layers are small, what Python does here is what a step costs: hence scales inside of products (addmm with
+    # beta=0 doesn't read its first argument), and no call that can be told to be needless.
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -82,53 +89,82 @@ class _LoRALinear(torch.autograd.Function):
         b: Tensor,
         scaling: float,
         dropout: float,
+        dtype: torch.dtype,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        full = weight if dense is None else dense(weight).to(x.dtype)
-        kept = keep(rows, dropout)
-        ctx.alpha = scaling / (1 - dropout)
-        ctx.merged = dropout == 0 and _pays_to_merge(rows, full)
+        ctx.dense, ctx.dtypes, ctx.alpha = dense, (x.dtype, a.dtype, b.dtype), scaling / (1 - dropout)
+        x, a, b = _to(x, dtype), _to(a, dtype), _to(b, dtype)
+        rows, full, bias = _rows(x), _full(weight, dense, dtype), _to(bias, dtype)
+        ctx.kept = kept = keep(rows, dropout)
+        ctx.merged = dropout == 0 and _pays_to_merge(rows, a, b)
         if ctx.merged:
             h = None
             out = F.linear(rows, torch.addmm(full, b, a, alpha=scaling), bias)
         else:
-            h = kept.times(rows, a.T)
-            out = F.linear(rows, full, bias).addmm_(h, b.T, alpha=ctx.alpha)
+            h = kept.times(rows, a.t())
+            out = F.linear(rows, full, bias).addmm_(h, b.t(), alpha=ctx.alpha)
         ctx.save_for_backward(x, weight, a, b, h, *kept.saved)
-        ctx.kept, ctx.dense = type(kept), dense
-        return out.view(*x.shape[:-1], out.shape[-1])
+        kept.saved = ()
+        return out if x.ndim == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, weight, a, b, h, *saved = ctx.saved_tensors
-        wants_x, _, wants_bias, _, wants_a, wants_b, *_ = ctx.needs_input_grad
-        kept: Kept = ctx.kept(*saved)
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        grad = grad.reshape(-1, grad.shape[-1])
-        dx = da = db = None
-        with torch.autocast(x.device.type, enabled=False):
-            dh = grad @ b.T.contiguous().T
-            if wants_b:
-                h = kept.times(rows, a.T) if h is None else h
-                db = (h.T @ grad).mul_(ctx.alpha).T  # in this order: a BLAS is slow at a result of few columns
-            if wants_a:
-                da = kept.under(dh.T, rows).mul_(ctx.alpha)
-            if wants_x:
-                full = weight if ctx.dense is None else ctx.dense(weight).to(x.dtype)
-                if ctx.merged:
-                    dx = grad @ torch.addmm(full, b, a, alpha=ctx.alpha)
-                else:
-                    dx = kept.add_product_(grad @ full, dh, a, ctx.alpha)
-                dx = dx.view(x.shape)
-            dbias = grad.sum(0) if wants_bias else None
-        return dx, None, dbias, None, da, db, None, None
+        if torch.is_grad_enabled():
+            raise RuntimeError("LoRA's linear layers have no second derivative (create_graph=True).")
+        if torch.is_autocast_enabled(grad.device.type):
+            with torch.autocast(grad.device.type, enabled=False):
+                return _gradients(ctx, grad)
+        return _gradients(ctx, grad)
 
 
-def _pays_to_merge(rows: Tensor, weight: Tensor) -> bool:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, a, b, h, *saved = ctx.saved_tensors
+    wants_x, _, wants_bias, _, wants_a, wants_b, *_ = ctx.needs_input_grad
+    kept: Kept = type(ctx.kept)(*saved) if saved else ctx.kept
+    rows, grad, (x_dtype, a_dtype, b_dtype) = _rows(x), _rows(grad), ctx.dtypes
+    dx = da = db = dbias = None
+    dh = grad @ _by_columns(b)
+    if wants_b:
+        h = rows @ a.t() if h is None else h
+        db = _to(torch.addmm(b.t(), h.t(), grad, beta=0, alpha=ctx.alpha), b_dtype).t()
+    if wants_a:
+        da = _to(kept.under(a, dh.t(), rows, ctx.alpha), a_dtype)
+    if wants_x:
+        full = _full(weight, ctx.dense, grad.dtype)
+        if ctx.merged:
+            dx = grad @ torch.addmm(full, b, a, alpha=ctx.alpha)
+        else:
+            dx = kept.add_product_(grad @ full, dh, a, ctx.alpha)
+        dx = _to(dx.view(x.shape), x_dtype)
+    if wants_bias:
+        dbias = grad.sum(0)
+    return dx, None, dbias, None, da, db, None, None, None
+
+
+def _by_columns(b: Tensor) -> Tensor:
+    """``b`` (out, r) stored by columns, where a BLAS is several times slower at a product with few rows."""
+    return b if b.is_cuda or b.numel() < 2**10 else b.t().contiguous().t()
+
+
+def _to(tensor: Any, dtype: torch.dtype) -> Any:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.is_contiguous() else rows.contiguous()
+
+
+def _full(weight: Tensor, dense: Callable[[Tensor], Tensor] | None, dtype: torch.dtype) -> Tensor:
+    """The frozen W (out, in)."""
+    return _to(weight if dense is None else dense(weight), dtype)
+
+
+def _pays_to_merge(rows: Tensor, a: Tensor, b: Tensor) -> bool:
     """Whether one product with ``W + s · B A`` is quicker than a thin one beside that with W, and as exact.
 
     In less than full fp32 the sum would lose what is small in ``B A`` beside W: nearly all of it, early in training.
     """
-    full = rows.dtype in (torch.float32, torch.float64) and torch.get_float32_matmul_precision() == "highest"
-    return full and rows.device.type == "cpu" and len(rows) > 2 * weight.numel() // sum(weight.shape)
+    if rows.is_cuda or rows.dtype.itemsize < 4:
+        return False
+    (_, n), m = a.shape, len(b)
+    return len(rows) * (n + m) > 2 * n * m and torch.get_float32_matmul_precision() == "highest"
