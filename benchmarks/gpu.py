@@ -151,7 +151,7 @@ def rivals(work: Workload, device: str) -> dict[str, tuple[Any, Callable[[Any, T
 
 
 def gradient_errors(found: dict[str, tuple[Any, Any]], ids: Tensor) -> dict[str, float]:
-    """How far the gradients of A and B are from those over the same base in fp32, relative to their norm; the median."""
+    """How far gradients of A and B are from those over the same base in fp32, relative to their norm; the median."""
     exact = copy.deepcopy(found["ours"][0]).float()
     values: dict[str, dict[str, Tensor]] = {}
     for name, model, loss in (("exact", exact, found["ours"][1]), *((n, *found[n]) for n in ("ours", "peft"))):
