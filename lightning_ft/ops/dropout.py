@@ -15,6 +15,19 @@ import torch
 from torch import Tensor
 
 
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``L R`` in ``dtype``, not rounded in between where the device can do that."""
+    if left.dtype == dtype:
+        return left @ right
+    if left.is_cuda and dtype == torch.float32 and _HAS_OUT_DTYPE:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 class Kept:
     """All of x (rows, n): p is 0.
 
@@ -29,9 +42,9 @@ class Kept:
         """``(m ∘ x) R``: (rows, n) and (n, r) to (rows, r)."""
         return x @ right
 
-    def under(self, like: Tensor, left: Tensor, x: Tensor, alpha: float) -> Tensor:
-        """``alpha · L (m ∘ x)``: (r, rows) and (rows, n) to (r, n); ``like`` is of that shape and dtype, not read."""
-        return torch.addmm(like, left, x, beta=0, alpha=alpha)
+    def under(self, left: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``L (m ∘ x)`` in ``dtype``: (r, rows) and (rows, n) to (r, n)."""
+        return product(left, x, dtype)
 
     def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
         """``out += m ∘ (alpha · L R)`` in place: (rows, n), from (rows, r) and (r, n); ``out`` is contiguous."""
@@ -49,9 +62,9 @@ class AllBut(Kept):
         """``(m ∘ x) R``."""
         return self._without(x, lambda rest: rest @ right)
 
-    def under(self, like: Tensor, left: Tensor, x: Tensor, alpha: float) -> Tensor:
-        """``alpha · L (m ∘ x)``."""
-        return self._without(x, lambda rest: super(AllBut, self).under(like, left, rest, alpha))
+    def under(self, left: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``L (m ∘ x)``."""
+        return self._without(x, lambda rest: product(left, rest, dtype))
 
     def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
         """``out += m ∘ (alpha · L R)``."""
@@ -78,9 +91,9 @@ class Masked(Kept):
         """``(m ∘ x) R``."""
         return (x * self.saved[0]) @ right
 
-    def under(self, like: Tensor, left: Tensor, x: Tensor, alpha: float) -> Tensor:
-        """``alpha · L (m ∘ x)``."""
-        return super().under(like, left, x * self.saved[0], alpha)
+    def under(self, left: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``L (m ∘ x)``."""
+        return product(left, x * self.saved[0], dtype)
 
     def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
         """``out += m ∘ (alpha · L R)``."""
@@ -98,9 +111,9 @@ class Seeded(Kept):
         """``(m ∘ x) R``."""
         return self._masked(x) @ right
 
-    def under(self, like: Tensor, left: Tensor, x: Tensor, alpha: float) -> Tensor:
-        """``alpha · L (m ∘ x)``."""
-        return super().under(like, left, self._masked(x), alpha)
+    def under(self, left: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``L (m ∘ x)``."""
+        return product(left, self._masked(x), dtype)
 
     def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
         """``out += m ∘ (alpha · L R)``."""
@@ -112,9 +125,6 @@ class Seeded(Kept):
         from lightning_ft.ops.triton_dropout import masked
 
         return masked(x, self.p, self.seed)
-
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def keep(x: Tensor, p: float) -> Kept:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_ft.ops.dropout import Kept, keep
+from lightning_ft.ops.dropout import Kept, keep, product
 
 
 class Linear(NamedTuple):
@@ -47,7 +47,7 @@ def lora_linear(x: Tensor, linear: Linear, a: Tensor, b: Tensor, scaling: float,
         x: (..., in).
         linear: the frozen layer; no gradient is computed for its weight.
         a, b: (r, in) and (out, r).
-        scaling: s.
+        scaling: s, not 0.
         dropout: p, the probability that an entry of x is left out of the second term.
 
     Returns:
@@ -75,8 +75,8 @@ def _plainly(
 
 
 class _LoRALinear(torch.autograd.Function):
-    # Where layers are small, what Python does here is what a step costs: hence scales inside of products (addmm with
-    # beta=0 doesn't read its first argument), and no call that can be told to be needless.
+    # Where layers are small, what Python does here and the kernels that it starts are what a step costs: so s goes
+    # into A, which is cast anyway, and into a product (addmm with beta=0 doesn't read its first argument).
 
     @staticmethod
     def forward(
@@ -91,18 +91,19 @@ class _LoRALinear(torch.autograd.Function):
         dropout: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.dense, ctx.dtypes, ctx.alpha = dense, (x.dtype, a.dtype, b.dtype), scaling / (1 - dropout)
-        x, a, b = _to(x, dtype), _to(a, dtype), _to(b, dtype)
+        ctx.dense, ctx.dtypes, ctx.s = dense, (x.dtype, a.dtype, b.dtype), scaling / (1 - dropout)
+        sa = a * ctx.s if a.dtype == dtype else torch.mul(a, ctx.s, out=torch.empty_like(a, dtype=dtype))
+        x, b = _to(x, dtype), _to(b, dtype)
         rows, full, bias = _rows(x), _full(weight, dense, dtype), _to(bias, dtype)
         ctx.kept = kept = keep(rows, dropout)
         ctx.merged = dropout == 0 and _pays_to_merge(rows, a, b)
         if ctx.merged:
             h = None
-            out = F.linear(rows, torch.addmm(full, b, a, alpha=scaling), bias)
+            out = F.linear(rows, torch.addmm(full, b, sa), bias)
         else:
-            h = kept.times(rows, a.t())
-            out = F.linear(rows, full, bias).addmm_(h, b.t(), alpha=ctx.alpha)
-        ctx.save_for_backward(x, weight, a, b, h, *kept.saved)
+            h = kept.times(rows, sa.t())
+            out = F.linear(rows, full, bias).addmm_(h, b.t())
+        ctx.save_for_backward(x, weight, sa, b, h, *kept.saved)
         kept.saved = ()
         return out if x.ndim == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
@@ -117,23 +118,20 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, a, b, h, *saved = ctx.saved_tensors
+    x, weight, sa, b, h, *saved = ctx.saved_tensors
     wants_x, _, wants_bias, _, wants_a, wants_b, *_ = ctx.needs_input_grad
     kept: Kept = type(ctx.kept)(*saved) if saved else ctx.kept
     rows, grad, (x_dtype, a_dtype, b_dtype) = _rows(x), _rows(grad), ctx.dtypes
     dx = da = db = dbias = None
-    dh = grad @ _by_columns(b)
-    if wants_b:
-        h = rows @ a.t() if h is None else h
-        db = _to(torch.addmm(b.t(), h.t(), grad, beta=0, alpha=ctx.alpha), b_dtype).t()
+    h = rows @ sa.t() if h is None else h
+    dh = torch.addmm(h, grad, _by_columns(b), beta=0, alpha=ctx.s)
+    if wants_b:  # a BLAS is slow at a result of few columns, on a CPU above all
+        db = product(grad.t(), h, b_dtype) if grad.is_cuda else product(h.t(), grad, b_dtype).t()
     if wants_a:
-        da = _to(kept.under(a, dh.t(), rows, ctx.alpha), a_dtype)
+        da = kept.under(dh.t(), rows, a_dtype)
     if wants_x:
         full = _full(weight, ctx.dense, grad.dtype)
-        if ctx.merged:
-            dx = grad @ torch.addmm(full, b, a, alpha=ctx.alpha)
-        else:
-            dx = kept.add_product_(grad @ full, dh, a, ctx.alpha)
+        dx = grad @ torch.addmm(full, b, sa) if ctx.merged else kept.add_product_(grad @ full, dh, sa, 1 / ctx.s)
         dx = _to(dx.view(x.shape), x_dtype)
     if wants_bias:
         dbias = grad.sum(0)

@@ -91,20 +91,23 @@ class FineTuner(L.LightningModule):
         """Let go of the base as it was, but for what is needed to know it again."""
         self._ground = None
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """See :meth:`Task.before_transfer`."""
+        return self.task.before_transfer(batch) if self.trainer.training else batch
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The task's loss, and the penalties'."""
-        inputs, labels = inputs_and_labels(batch)
-        count = self.task.count(labels)
         if self._ground is None:
-            loss = self.task.training_loss(self.model, inputs, labels)
+            loss = self.task.training_loss(self.model, batch)
         else:
+            inputs, labels = inputs_and_labels(batch)
             with watching(self.model) as seen:
                 loss = self.task.loss(self(**inputs), labels)
             step = Step(inputs, self.trainer.fit_loop.total_batch_idx, seen.hidden, seen.logits)
             terms = {f"train/penalty/{p.name}": p.weight * p(self._ground, step) for p in self._penalties}
-            self.log_dict({"train/task_loss": loss, **terms}, batch_size=count)
+            self.log_dict({"train/task_loss": loss, **terms})
             loss = loss + torch.stack([*terms.values()]).sum()
-        self.log("train/loss", loss, prog_bar=True, batch_size=count)
+        self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:

@@ -140,7 +140,12 @@ class LanguageTask(Task):
         losses, _ = token_losses(*self.aligned(outputs, labels))
         return losses.sum() / max(len(losses), 1)
 
-    def training_loss(self, model: nn.Module, inputs: Batch, labels: Tensor) -> Tensor:
+    def before_transfer(self, batch: Batch) -> Batch:
+        """With ``learned`` (learned tokens,): where they are among all labels of :meth:`aligned` as a vector."""
+        labels = batch["labels"][:, self.shift :]
+        return {**batch, "learned": (labels.reshape(-1) != IGNORED).nonzero()[:, 0]}
+
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The same without the logits: most of the memory of a step, and those of a prompt aren't needed at all.
 
         The head is run at one place of each row alone, where it's seen that the model makes nothing more of what it
@@ -148,17 +153,17 @@ class LanguageTask(Task):
         """
         head = plain_head(model)
         if head is None or self._plain_logits is False:
-            return super().training_loss(model, inputs, labels)
+            return super().training_loss(model, batch)
+        inputs, labels = inputs_and_labels(batch)
+        learned = (batch if "learned" in batch else self.before_transfer(batch))["learned"]
         self.prepare(model, inputs)
         if self._plain_logits is None:
             self._plain_logits = self._are_logits_plain(model, head, inputs)
-            return self.training_loss(model, inputs, labels)
+            return self.training_loss(model, batch)
         with _tapped(head) as tap:
             self.outputs(model, inputs)
-        hidden, labels = self.aligned(tap.hidden, labels)
-        learned = labels != IGNORED
-        total = linear_cross_entropy(hidden[learned], head.weight, labels[learned], head.bias)
-        return total / learned.sum().clamp(min=1)
+        hidden, labels = (tensor.flatten(0, 1)[learned] for tensor in self.aligned(tap.hidden, labels))
+        return linear_cross_entropy(hidden, head.weight, labels, head.bias) / max(len(learned), 1)
 
     def _are_logits_plain(self, model: nn.Module, head: nn.Linear, inputs: Batch) -> bool:
         device = head.weight.device

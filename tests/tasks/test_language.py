@@ -332,7 +332,7 @@ def test_the_loss_in_training_is_that_of_the_logits_which_never_exist(kind: Any)
     wanted = task.loss(task.outputs(model, inputs), labels)
     widths: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda _, __, out: widths.append(out.shape[1]))
-    ours = task.training_loss(model, inputs, labels)
+    ours = task.training_loss(model, {**inputs, "labels": labels})
     assert set(widths) == {1}
     torch.testing.assert_close(ours, wanted)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -345,6 +345,6 @@ def test_a_model_that_caps_its_logits_keeps_them() -> None:
     ids = torch.randint(1, 12, (3, 8))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     state = torch.get_rng_state()
-    ours = task.training_loss(model, inputs, ids)
+    ours = task.training_loss(model, {**inputs, "labels": ids})
     assert torch.equal(torch.get_rng_state(), state)  # looking drew nothing, so that a resumed run goes on the same
     torch.testing.assert_close(ours, task.loss(model(**inputs).logits, ids))
