@@ -162,7 +162,7 @@ def test_clean_data_pass(tiny_bert_dir: str, tmp_path: Path) -> None:
     out = succeed(*asking(tiny_bert_dir, data, "check.fail_on=[error,warning,note]", "check.labels=false"))
     assert "Nothing was found." in out
     (folder,) = Path("runs").iterdir()
-    assert re.fullmatch(r"check_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder.name)
+    assert re.fullmatch(r"check_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{6}", folder.name)
 
 
 @pytest.mark.parametrize(
