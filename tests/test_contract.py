@@ -296,15 +296,25 @@ def test_a_model_can_be_copied_and_pickled() -> None:
             assert training(again) == training(model)
 
 
-def test_what_is_injected_stays_fp32_under_every_precision() -> None:
-    precisions = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
-    for name, (precision, of_base) in itertools.product(METHODS, precisions.items()):
-        module = make(BertInInit)
-        trainer(method(name), max_epochs=1, precision=precision).fit(module)
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_what_is_injected_stays_in_its_dtype_under_every_precision(precision: str, tmp_path: Path) -> None:
+    of_base = torch.float32 if precision == "bf16-mixed" else torch.bfloat16
+    for name, dtype in itertools.product(METHODS, ("float32", "bfloat16")):
+        module, callback = make(BertInInit), method(name)
+        callback.adapter_dtype = dtype  # type: ignore[assignment]
+        run = trainer(callback, max_epochs=1, precision=precision)
+        run.fit(module)
         added = injected_names(module)
-        assert {p.dtype for n, p in module.state_dict().items() if n in added} <= {torch.float32}, name
+        held = {p.dtype for n, p in module.state_dict().items() if n in added}
+        assert held <= {getattr(torch, dtype)}, name
         assert {p.dtype for n, p in module.named_parameters() if n not in added} == {of_base}, name
         assert module.outputs(module.example()).isfinite().all(), name
+        if added and dtype == "bfloat16" and precision == "bf16-mixed":
+            run.save_checkpoint(tmp_path / f"{name}.ckpt")
+            torch.manual_seed(7)
+            again = lightning_ft.load_from_checkpoint(BertInInit, tmp_path / f"{name}.ckpt")
+            assert {p.dtype for n, p in again.state_dict().items() if n in added} == {torch.bfloat16}, name
+            assert torch.equal(output(again), output(module)), name
 
 
 COMMON = {*dir(Injected), *inspect.get_annotations(Injected), "forward"}

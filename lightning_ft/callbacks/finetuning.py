@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from itertools import compress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ from lightning_ft.injection import (
 )
 
 log = logging.getLogger(__name__)
+
+AdapterDtype = Literal["float32", "bfloat16"]
 
 _BUILDERS = ("setup", "configure_model")  # the hooks in which a module may build itself, in Lightning's order
 
@@ -62,12 +65,26 @@ class FineTuning(Callback, ABC):
             no mention.
         backbone: path of the pretrained base in the module; found by itself where there is just one
             Hugging Face model (see :func:`lightning_ft.injection.find_base`).
+        adapter_dtype: what holds the parameters that the method adds, whatever ``precision`` says: ``"float32"``, in
+            which small updates aren't lost, or to save memory ``"bfloat16"`` (PEFT has fp32 masters by default too,
+            ``autocast_adapter_dtype``). They compute in it, unless autocast says otherwise.
+
+    Raises:
+        ValueError: for another ``adapter_dtype``. In fp16 gradients would vanish, and gradient scaling refuses it.
     """
 
     # No dataclass: OmegaConf takes one that's passed through hydra's instantiate() for a config.
-    def __init__(self, modules_to_save: Sequence[str] | None = None, backbone: str | None = None) -> None:
+    def __init__(
+        self,
+        modules_to_save: Sequence[str] | None = None,
+        backbone: str | None = None,
+        *,
+        adapter_dtype: AdapterDtype = "float32",
+    ) -> None:
+        check_choice(f"{type(self).__name__}: adapter_dtype", adapter_dtype, get_args(AdapterDtype))
         self.modules_to_save = modules_to_save
         self.backbone = backbone
+        self.adapter_dtype: AdapterDtype = adapter_dtype
         self._told = False  # what injection did, once for fit, validate and test
         self._norms: list[nn.Module] = []  # frozen ones, which evaluate while a batch trains
         self._evaluated: list[nn.Module] = []  # those of them that were in training mode
@@ -102,6 +119,12 @@ class FineTuning(Callback, ABC):
         Raises:
             InjectionError: if the base or the targets can't be found, or were injected with other settings.
         """
+
+    @property
+    def added_dtype(self) -> torch.dtype:
+        """:attr:`adapter_dtype` as torch has it."""
+        dtype: torch.dtype = getattr(torch, self.adapter_dtype)
+        return dtype
 
     def describe(self, model: nn.Module, names: Sequence[str]) -> str:
         """One line on what :meth:`inject` did to ``model``; ``names`` is what it returned."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ft.callbacks.finetuning import FineTuning, check_count, check_dropout, check_number
+from lightning_ft.callbacks.finetuning import AdapterDtype, FineTuning, check_count, check_dropout, check_number
 from lightning_ft.errors import UserError
 from lightning_ft.injection import (
     Base,
@@ -58,8 +58,9 @@ def orthogonality(rows: Tensor) -> tuple[Tensor, Tensor]:
         rows: M (r, n).
 
     Returns:
-        The norm, a scalar, and the gradient (r, n); where the norm is 0 so is the gradient.
+        The norm, a scalar, and the gradient (r, n), in fp32 or more; where the norm is 0 so is the gradient.
     """
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # in bf16 next to nothing is left of the difference
     difference = rows @ rows.T - torch.eye(len(rows), device=rows.device)
     norm = torch.linalg.vector_norm(difference)
     return norm, 2 * difference @ rows / norm.clamp_min(torch.finfo(norm.dtype).tiny)
@@ -363,7 +364,7 @@ class AdaLoRA(FineTuning):
         orth_reg_weight: weight of the penalty.
         total_step: the number of optimizer steps; by default what the Trainer's own settings amount to. Give it where
             they don't tell: data of unknown length, manual optimization that doesn't step at each batch.
-        modules_to_save, backbone: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range; in ``fit``, if the number of steps is unknown or the schedule
@@ -394,8 +395,9 @@ class AdaLoRA(FineTuning):
         total_step: int | None = None,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
+        adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone)
+        super().__init__(modules_to_save, backbone, adapter_dtype=adapter_dtype)
         check_count("AdaLoRA: init_r", init_r)
         check_count("AdaLoRA: target_r", target_r)
         steps = {"tinit": (tinit, 0), "tfinal": (tfinal, 0), "deltaT": (deltaT, 1), "total_step": (total_step, 1)}
@@ -442,7 +444,7 @@ class AdaLoRA(FineTuning):
             layer = layer_for(module)
             assert layer is not None
             plan[name] = Layer(layer, settings, partial(layer.start, module, self._ranks.get(name, self.init_r)))
-        return inject_layers(base, plan, "AdaLoRA", saved)
+        return inject_layers(base, plan, "AdaLoRA", saved, dtype=self.added_dtype)
 
     @property
     def settled(self) -> bool:

@@ -38,7 +38,14 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_ft.callbacks.finetuning import FineTuning, check_choice, check_count, check_dropout, check_number
+from lightning_ft.callbacks.finetuning import (
+    AdapterDtype,
+    FineTuning,
+    check_choice,
+    check_count,
+    check_dropout,
+    check_number,
+)
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -290,7 +297,7 @@ class Adapter(FineTuning):
             an encoder-decoder: of each stack) are left out, k drawn anew from 0 to this. So trained, a model does
             without them (:func:`drop_adapters`). A batch then leaves parameters without a gradient: under DDP use
             ``strategy="ddp_find_unused_parameters_true"``.
-        modules_to_save, backbone: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range, or both ``bottleneck`` and ``reduction_factor``.
@@ -316,8 +323,9 @@ class Adapter(FineTuning):
         adapter_drop: int = 0,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
+        adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone)
+        super().__init__(modules_to_save, backbone, adapter_dtype=adapter_dtype)
         check_choice("Adapter: placement", placement, get_args(Placement))
         check_choice("Adapter: non_linearity", non_linearity, _NON_LINEARITIES)
         if bottleneck is not None and reduction_factor is not None:
@@ -367,7 +375,7 @@ class Adapter(FineTuning):
         for name in names:
             module = base.root.get_submodule(name)
             plan[name] = Layer(layer_for(module, self.placement), settings, partial(start, name, module, settings))
-        return inject_layers(base, plan, "Adapter", saved)
+        return inject_layers(base, plan, "Adapter", saved, dtype=self.added_dtype)
 
     def _settings(self) -> AdapterSettings:
         usual = _USUAL[self.placement]

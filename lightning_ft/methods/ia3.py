@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.callbacks.finetuning import AdapterDtype, FineTuning
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -179,7 +179,7 @@ class IA3(FineTuning):
             output. By default those of the architecture; ``[]`` for none.
         exclude_modules: what of the targets is left out.
         init_ia3_weights: whether the vectors start at one. Random ones are for tests.
-        modules_to_save, backbone: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         InjectionError: on injection: see :meth:`FineTuning.inject`; and if the architecture isn't known and the
@@ -198,8 +198,9 @@ class IA3(FineTuning):
         init_ia3_weights: bool = True,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
+        adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone)
+        super().__init__(modules_to_save, backbone, adapter_dtype=adapter_dtype)
         self.target_modules, self.feedforward_modules = target_modules, feedforward_modules
         self.exclude_modules = exclude_modules
         self.init_ia3_weights = init_ia3_weights
@@ -228,7 +229,7 @@ class IA3(FineTuning):
             n_in, n_out = sizes(base.root.get_submodule(name))
             kind, what, shape = (IA3Input, "input", (1, n_in)) if name in inputs else (IA3Output, "output", (n_out, 1))
             plan[name] = Layer(kind, what, partial(kind.start, shape, self.init_ia3_weights))
-        return inject_layers(base, plan, "IA3", saved)
+        return inject_layers(base, plan, "IA3", saved, dtype=self.added_dtype)
 
     # ---------------------------------------------------------------------------------- in PEFT's files
 

@@ -33,7 +33,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ft.callbacks.finetuning import FineTuning, check_choice, check_count, check_dropout, check_number
+from lightning_ft.callbacks.finetuning import (
+    AdapterDtype,
+    FineTuning,
+    check_choice,
+    check_count,
+    check_dropout,
+    check_number,
+)
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -468,7 +475,7 @@ class LoRA(FineTuning):
         use_dora: train the weights' norms apart from their directions; a step costs more, a merged model nothing.
         bias: biases of the base that train too: ``"none"``, those of the adapted modules (``"lora_only"``), ``"all"``.
         loraplus_lr_ratio: how many times the rate of A that of B is (LoRA+; its authors use 16 with a lower rate).
-        modules_to_save, backbone: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range, or settings that don't go together.
@@ -499,8 +506,9 @@ class LoRA(FineTuning):
         loraplus_lr_ratio: float = 1.0,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
+        adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone)
+        super().__init__(modules_to_save, backbone, adapter_dtype=adapter_dtype)
         for rank in (r, *(rank_pattern or {}).values()):
             check_count("LoRA: r", rank)
         scales = [("alpha", a) for a in (alpha, *(alpha_pattern or {}).values())]
@@ -552,7 +560,7 @@ class LoRA(FineTuning):
             plan[name] = Layer(layer, settings, partial(layer.start, module, settings, self.init_lora_weights))
         modules = {name: base.root.get_submodule(name) for name in names}
         new = not any(isinstance(module, LoRALayer) for module in modules.values())
-        paths = inject_layers(base, plan, "LoRA", saved, _biases(base, names)[self.bias])
+        paths = inject_layers(base, plan, "LoRA", saved, _biases(base, names)[self.bias], dtype=self.added_dtype)
         layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
         if new and (advice := rank_advice(layers)):
             rank_zero_info(advice)
