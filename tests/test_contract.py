@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from foreign import BertInInit, make, trainer
+from foreign import BERT, BertInInit, make, small, trainer
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -28,6 +29,7 @@ from lightning_ft import (
     Adapter,
     BitFit,
     FullFineTuning,
+    GradientCheckpointing,
     GradualUnfreezing,
     HeadOnly,
     LayerNormTuning,
@@ -40,7 +42,7 @@ from lightning_ft import (
 )
 from lightning_ft.apps.paths import conf_dir
 from lightning_ft.callbacks.finetuning import FineTuning, count_parameters
-from lightning_ft.injection import Injected, injected_modules, injected_names
+from lightning_ft.injection import Injected, injected_names
 
 METHODS: dict[str, FineTuning] = {
     "lora": LoRA(r=2, target_modules="all-linear"),
@@ -332,19 +334,41 @@ def test_methods_that_share_a_module_share_no_names() -> None:
         assert not {name: (one[name], other[name]) for name in set(one) & set(other) if not name.startswith("__")}
 
 
-@each_method
-def test_gradient_checkpointing_keeps_the_gradients(name: str) -> None:
-    def gradients(module: BertInInit, outputs: Any) -> dict[str, Tensor]:
-        module.zero_grad()
-        outputs(input_ids=module.example()).logits.square().sum().backward()
-        return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+class Watch(Callback):
+    """Keeps the gradients of the first step, and counts the calls of the last layer's attention."""
 
-    module = fitted(name).train()
-    plain = gradients(module, module.model)
-    assert set(plain) == training(module)
-    module.model.activation_checkpointing_enable()
-    module.model.enable_input_require_grads()
-    again = gradients(module, module.model)
-    for key, value in plain.items():
-        torch.testing.assert_close(again[key], value, atol=1e-6, rtol=1e-5)
-    assert all(layer.training for _, layer in injected_modules(module))  # type: ignore[attr-defined]
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+        self.calls = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        attention = pl_module.model.bert.encoder.layer[-1].attention
+        attention.register_forward_hook(lambda *_: setattr(self, "calls", self.calls + 1))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self.gradients = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
+
+
+@each_method
+def test_gradient_checkpointing_keeps_the_gradients_under_dropout_too(name: str) -> None:
+    def watched(*callbacks: Callback) -> tuple[Watch, BertInInit]:
+        torch.manual_seed(7)
+        module, callback, watch = BertInInit(), method(name), Watch()
+        dropouts = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+        module.model = BertForSequenceClassification(small(BertConfig, **{**BERT, **dropouts}))
+        if hasattr(callback, "dropout"):
+            callback.dropout = 0.2
+        trainer(callback, *callbacks, watch, max_steps=1).fit(module)
+        return watch, module
+
+    plain, _ = watched()
+    saving, module = watched(GradientCheckpointing())
+    assert set(saving.gradients) == set(plain.gradients)
+    late = method(name).waiting(module, 0) if isinstance(METHODS[name], GradualUnfreezing) else []
+    assert set(plain.gradients) == training(module) - {
+        n for n, p in module.named_parameters() if any(p is w for w in late)
+    }
+    for key, value in plain.gradients.items():
+        torch.testing.assert_close(saving.gradients[key], value, atol=1e-7, rtol=1e-5, msg=key)
+    assert (plain.calls, saving.calls) == (1, 1 if name == "head" else 2), "run again in the backward pass"
+    assert not module.model.is_activation_checkpointing

@@ -34,6 +34,7 @@ from lightning_ft.injection.targets import (
     is_conv1d,
     match_modules,
     match_names,
+    pretrained_models,
     resolve_targets,
 )
 from lightning_ft.injection.trunk import Trunk, VirtualTokens, find_trunk, trunk_at
@@ -68,6 +69,7 @@ __all__ = [
     "layer_numbers",
     "match_modules",
     "match_names",
+    "pretrained_models",
     "refuse_injected",
     "refuse_unfoldable",
     "remembering",

@@ -81,12 +81,7 @@ def find_base(model: nn.Module, backbone: str | None = None) -> Base:
             )
         return _base_at(model, path)
 
-    found = list(_outermost(model, is_pretrained_model))
-    inside = {part for _, whole in found for part in whole.modules() if part is not whole}
-    pretrained: dict[nn.Module, str] = {}
-    for name, module in found:
-        if module not in inside:  # self.encoder = self.model.bert is but a second name
-            pretrained.setdefault(module, name)
+    pretrained = pretrained_models(model)
     if len(pretrained) == 1:
         return _base_at(model, *pretrained.values())
 
@@ -102,6 +97,17 @@ def find_base(model: nn.Module, backbone: str | None = None) -> Base:
         f"Which part of {type(model).__name__} is the pretrained base isn't clear; it could be"
         f' {", ".join(candidates)}. Name it: backbone="{candidates[0]}" (or backbone="." for all of it).'
     )
+
+
+def pretrained_models(model: nn.Module) -> dict[nn.Module, str]:
+    """The Hugging Face models in ``model`` that are in no other, each with its path."""
+    found = list(_outermost(model, is_pretrained_model))
+    inside = {part for _, whole in found for part in whole.modules() if part is not whole}
+    paths: dict[nn.Module, str] = {}
+    for name, module in found:
+        if module not in inside:  # self.encoder = self.model.bert is but a second name
+            paths.setdefault(module, name)
+    return paths
 
 
 def resolve_targets(

@@ -1,0 +1,76 @@
+"""torch.compile for a fit, in place, so that keys, types and what is injected stay what they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_ft.errors import UserError
+from lightning_ft.injection import find_base
+
+
+class Compile(Callback):
+    """Compiles the base model of any LightningModule, with what a method put into it, while ``fit`` runs.
+
+    ``L.Trainer(callbacks=[LoRA(), Compile()])``. The first steps take seconds to minutes, once for each shape of batches
+    that isn't like the ones before. ``module.compile(...)``, not ``torch.compile(module)``, whose wrapper would put
+    ``_orig_mod`` into every key.
+
+    Args:
+        mode: ``"default"``, ``"reduce-overhead"``, ``"max-autotune"``, as for ``torch.compile``.
+        dynamic: whether sizes may vary from the start; None: as soon as they do.
+        fullgraph: whether what can't be in one graph is an error.
+        backend: what compiles.
+        backbone: path of the base, where it isn't the one Hugging Face model
+            (:func:`lightning_ft.injection.find_base`).
+
+    Raises:
+        InjectionError: when ``fit`` starts, if there is no base to be found.
+        UserError: after the first batch, if the module didn't call what was compiled, so that nothing was compiled.
+    """
+
+    def __init__(
+        self,
+        mode: str | None = None,
+        dynamic: bool | None = None,
+        fullgraph: bool = False,
+        backend: str = "inductor",
+        backbone: str | None = None,
+    ) -> None:
+        self.mode, self.dynamic, self.fullgraph, self.backend = mode, dynamic, fullgraph, backend
+        self.backbone = backbone
+        self._root: Any = None
+        self._called = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compile, which takes its time at the first batch."""
+        self._root, self._called = find_base(pl_module, self.backbone).root, False
+        self._root.compile(mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph, backend=self.backend)
+        compiled = self._root._compiled_call_impl
+
+        def noticed(*args: Any, **kwargs: Any) -> Any:
+            self._called = True
+            return compiled(*args, **kwargs)
+
+        self._root._compiled_call_impl = noticed
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """See that it had an effect."""
+        if not self._called:
+            raise UserError(
+                f"Compile: {type(pl_module).__name__} doesn't call its {type(self._root).__name__}, but something in it,"
+                ' so that nothing was compiled. Name what it calls: Compile(backbone="model.bert").'
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the model as it was."""
+        if self._root is not None:
+            self._root._compiled_call_impl = None
+            self._root = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the model as it was."""
+        self.teardown(trainer, pl_module, "")
