@@ -8,6 +8,7 @@ import inspect
 import itertools
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lightning_ft import (
     AdaLoRA,
     Adapter,
     BitFit,
+    Doctor,
     FullFineTuning,
     GradientCheckpointing,
     GradualUnfreezing,
@@ -332,6 +334,26 @@ def test_methods_that_share_a_module_share_no_names() -> None:
             own.setdefault(layer.acts_on, {}).update(dict.fromkeys(names, layer.__name__))
     for one, other in itertools.combinations(own.values(), 2):
         assert not {name: (one[name], other[name]) for name in set(one) & set(other) if not name.startswith("__")}
+
+
+def test_the_doctor_finds_every_method_well_at_its_own_rate_and_not_at_another() -> None:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        rates = compose("train").rates
+    for name in METHODS:
+        low, high = METHODS[name].plausible_lr
+        for lr in (rates[name], low / 2, 2 * high):
+            module, doctor = make(BertInInit), Doctor()
+            module.configure_optimizers = lambda m=module, lr=lr: torch.optim.AdamW(m.parameters(), lr=lr)  # type: ignore[method-assign]
+            with warnings.catch_warnings():
+                if lr != rates[name]:
+                    warnings.filterwarnings("ignore", "Doctor: 1 fault after the first step")
+                trainer(doctor, method(name), max_steps=1).fit(module)
+            assert doctor.report is not None
+            assert [f for f in doctor.report.faults if "learning rate" not in f] == [], name
+            assert bool(doctor.report.faults) == (lr != rates[name]), (name, lr)
+            tensors = int(doctor.report.facts.split()[0])
+            waiting = {p for m in [METHODS[name]] if isinstance(m, GradualUnfreezing) for p in m.waiting(module, 0)}
+            assert tensors == sum(p.requires_grad and p not in waiting for p in module.parameters()), name
 
 
 class Watch(Callback):

@@ -13,8 +13,8 @@ from lightning_ft.injection import find_base
 class Compile(Callback):
     """Compiles the base model of any LightningModule, with what a method put into it, while ``fit`` runs.
 
-    ``L.Trainer(callbacks=[LoRA(), Compile()])``. The first steps take seconds to minutes, once for each shape of batches
-    that isn't like the ones before. ``module.compile(...)``, not ``torch.compile(module)``, whose wrapper would put
+    ``L.Trainer(callbacks=[LoRA(), Compile()])``. The first steps take seconds to minutes, and so do the first of a new
+    shape of batches. ``module.compile(...)``, not ``torch.compile(module)``, whose wrapper would put
     ``_orig_mod`` into every key.
 
     Args:
@@ -61,8 +61,8 @@ class Compile(Callback):
         """See that it had an effect."""
         if not self._called:
             raise UserError(
-                f"Compile: {type(pl_module).__name__} doesn't call its {type(self._root).__name__}, but something in it,"
-                ' so that nothing was compiled. Name what it calls: Compile(backbone="model.bert").'
+                f"Compile: {type(pl_module).__name__} doesn't call its {type(self._root).__name__}, but parts of it, so"
+                ' that nothing was compiled. Name what it calls: Compile(backbone="model.bert").'
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from itertools import compress
@@ -129,6 +129,13 @@ class FineTuning(Callback, ABC):
     def describe(self, model: nn.Module, names: Sequence[str]) -> str:
         """One line on what :meth:`inject` did to ``model``; ``names`` is what it returned."""
         return describe(model, names)
+
+    plausible_lr: ClassVar[tuple[float, float]] = (0.0, float("inf"))
+    """The least and the greatest learning rate, for Adam and its kin, beyond which there is most likely a mistake."""
+
+    def without_gradient(self, model: nn.Module) -> Collection[nn.Parameter]:
+        """What trains, but rightly had no part in the batch that was trained last."""
+        return ()
 
     @property
     def settled(self) -> bool:
@@ -257,7 +264,7 @@ class FineTuning(Callback, ABC):
 
     def _refuse_others(self, trainer: Trainer) -> list[FineTuning]:
         """The other methods of this Trainer, if this one goes with them."""
-        methods = _methods_of(trainer)
+        methods = methods_of(trainer)
         names = [type(method).__name__ for method in methods if method.backbone == self.backbone]
         alone = next((m for m in methods if m.decides_alone and m.backbone == self.backbone), None)
         if alone and len(names) > 1:
@@ -286,7 +293,8 @@ class FineTuning(Callback, ABC):
                 ) from error
 
 
-def _methods_of(trainer: Trainer) -> list[FineTuning]:
+def methods_of(trainer: Trainer) -> list[FineTuning]:
+    """The methods among a Trainer's callbacks."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, FineTuning)]
 
@@ -308,7 +316,7 @@ def _wrap_checkpoint_io(trainer: Trainer) -> None:
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(
             io,
             lambda: trainer.lightning_module,
-            lambda: [(find_base(trainer.lightning_module, m.backbone), m.record()) for m in _methods_of(trainer)],
+            lambda: [(find_base(trainer.lightning_module, m.backbone), m.record()) for m in methods_of(trainer)],
         )
 
 

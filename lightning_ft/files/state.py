@@ -95,17 +95,28 @@ def fingerprint(base: Base, samples: int = 64) -> dict[str, str]:
         The hash, and the weights' dtypes; hashes of different dtypes can't be compared.
     """
     digest, dtypes = hashlib.sha256(), set()
-    added = injected_names(base.root)
-    for part in base.frozen:
-        for name, parameter in base.root.get_submodule(part).named_parameters(prefix=part):
-            if parameter.requires_grad or name in added or parameter.is_meta:
-                continue
-            flat = parameter.detach().flatten()
-            index = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
-            values: Tensor = flat[index.to(flat.device)].float().cpu()
-            digest.update(name.encode() + values.numpy().tobytes())
-            dtypes.add(str(parameter.dtype))
+    for name, parameter in _frozen_parameters(base):
+        digest.update(name.encode() + _samples(parameter, samples).numpy().tobytes())
+        dtypes.add(str(parameter.dtype))
     return {"sha256": digest.hexdigest(), "dtypes": " ".join(sorted(dtypes))}
+
+
+def sampled(base: Base, samples: int = 64) -> dict[str, Tensor]:
+    """What :func:`fingerprint` reads, by the parameters' names in the root: (samples or fewer,) in fp32 on the CPU."""
+    return {name: _samples(parameter, samples) for name, parameter in _frozen_parameters(base)}
+
+
+def _frozen_parameters(base: Base) -> Iterator[tuple[str, nn.Parameter]]:
+    added = injected_names(base.root)
+    for name, parameter in base.named_parameters():
+        if not (parameter.requires_grad or name in added or parameter.is_meta):
+            yield name, parameter
+
+
+def _samples(parameter: nn.Parameter, samples: int) -> Tensor:
+    flat = parameter.detach().flatten()
+    index = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
+    return flat[index.to(flat.device)].float().cpu()
 
 
 def check_fingerprint(saved: Mapping[str, str] | None, present: Mapping[str, str], source: str) -> None:

@@ -373,6 +373,7 @@ class AdaLoRA(FineTuning):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
+    plausible_lr: ClassVar[tuple[float, float]] = (2e-4, 5e-2)
     layers: ClassVar[tuple[type[Injected], ...]] = (AdaLoRALinear, AdaLoRAConv1D)
 
     def __init__(

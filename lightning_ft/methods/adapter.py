@@ -305,6 +305,7 @@ class Adapter(FineTuning):
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-4, 3e-2)
     layers: ClassVar[tuple[type[Injected], ...]] = (SequentialAdapter, ParallelAdapter, ResidualAdapter)
 
     def __init__(
@@ -388,6 +389,11 @@ class Adapter(FineTuning):
             usual["scaling"] if self.scaling is None else self.scaling,
             self.dropout,
         )
+
+    def without_gradient(self, model: nn.Module) -> list[nn.Parameter]:
+        """What AdapterDrop left out."""
+        out = [module for _, module in self._droppable if module.adapter_left_out]
+        return [getattr(module, key) for module in out for mixin in module._mixins for key in mixin.adds]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See :class:`FineTuning`; find what AdapterDrop may leave out."""

@@ -39,6 +39,7 @@ class BitFit(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PARTIAL"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-4, 3e-2)
 
     def __init__(
         self,

@@ -54,6 +54,7 @@ class TopLayers(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PARTIAL"
+    plausible_lr: ClassVar[tuple[float, float]] = (5e-6, 2e-3)
     decides_alone: ClassVar[bool] = True
 
     def __init__(
@@ -92,6 +93,7 @@ class GradualUnfreezing(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PARTIAL"
+    plausible_lr: ClassVar[tuple[float, float]] = (5e-6, 2e-3)
     decides_alone: ClassVar[bool] = True
 
     def __init__(
@@ -133,6 +135,10 @@ class GradualUnfreezing(FineTuning):
         saved = [base.root.get_submodule(name) for name in match_modules(base, self.modules_to_save)]
         at_once = {id(parameter) for module in saved for parameter in module.parameters()}
         return [parameter for parameter in below if parameter.requires_grad and id(parameter) not in at_once]
+
+    def without_gradient(self, model: nn.Module) -> list[nn.Parameter]:
+        """Those that wait."""
+        return self._waiting
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See :class:`FineTuning`; and say what trains, where it is more than before."""

@@ -187,6 +187,7 @@ class IA3(FineTuning):
     """
 
     peft_type: ClassVar[str] = "IA3"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
     layers: ClassVar[tuple[type[Injected], ...]] = (IA3Output, IA3Input)
 
     def __init__(

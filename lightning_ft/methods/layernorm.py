@@ -39,6 +39,7 @@ class LayerNormTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PARTIAL"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-4, 5e-2)
 
     def __init__(
         self,

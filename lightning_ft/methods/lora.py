@@ -483,6 +483,7 @@ class LoRA(FineTuning):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
     layers: ClassVar[tuple[type[Injected], ...]] = tuple(
         layer for kind in (_LINEAR, _CONV1D, _EMBEDDING, _CONV) for layer in kind.values()
     )

@@ -272,6 +272,7 @@ class PrefixTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-4, 3e-1)
     layers: ClassVar[tuple[type[Injected], ...]] = (PrefixLayer, ProjectedPrefix, PrefixAttention, PrefixPositions)
     inside: ClassVar[str] = "base_model."
 

@@ -411,6 +411,7 @@ class PromptTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-3, 1.0)
     layers: ClassVar[tuple[type[Injected], ...]] = (PromptLayer, PromptAttention)
     inside: ClassVar[str] = "base_model."
 
@@ -501,6 +502,7 @@ class PTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "P_TUNING"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-4, 3e-2)
     layers: ClassVar[tuple[type[Injected], ...]] = (MLPPrompt, LSTMPrompt, EncodedPromptAttention)
     inside: ClassVar[str] = PromptTuning.inside
 
