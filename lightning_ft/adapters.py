@@ -34,6 +34,7 @@ from lightning_ft.injection import (
     injected_modules,
     injected_names,
     is_4bit,
+    plain,
     remembering,
     thaw,
 )
@@ -84,18 +85,18 @@ def save_adapter(
     trained = trained_state(model.state_dict(), frozen_keys(model, base) | _keys_of_others(model, base))
     if not trained:
         raise InjectionError("There is nothing to save: no parameter of the model trains. Inject a method first.")
-    fields, added = _method_fields(base), injected_names(model)
+    fields, added = _method_fields(base), {plain(name) for name in injected_names(model)}
     rooms = _rooms(fields)
     inside = _inside(rooms)
     described = peft.describe_base(base.root, needs_task=inside != peft.INSIDE)
-    config = {**described, **fields, "modules_to_save": _trained_whole(base)}
+    config = _plain({**described, **fields, "modules_to_save": _trained_whole(base)})
     tensors = {_file_name(base, key, inside): value for key, value in trained.items() if key not in added}
     for room in rooms:
         for path, layer in _carrying(base, room.peft_type).items():
             for mixin in layer._mixins:
                 if mixin.method == room.peft_type:
                     values = mixin.in_files(layer).items()
-                    tensors |= {mixin.file_key(room.inside, path, name): value for name, value in values}
+                    tensors |= {mixin.file_key(room.inside, plain(path), name): value for name, value in values}
     # Stock PEFT looks for each of modules_to_save under its own name; what only we read is written once.
     tensors = {key: value.clone() for key, value in tensors.items()} if rooms else _without_ties(tensors)
     return peft.write(directory, config, tensors, card)
@@ -133,7 +134,7 @@ def inject_from_folder(
     """
     config, tensors = peft.read(directory)
     base = find_base(model, backbone)
-    modules = [f".{name}" for name, _ in base.root.named_modules()]  # PEFT names heads that a model may not have
+    modules = [f".{plain(name)}" for name, _ in base.root.named_modules()]  # PEFT names heads that a model may not have
     saved = [name for name in config.get("modules_to_save") or () if any(m.endswith(f".{name}") for m in modules)]
     with all_or_nothing(model):
         rooms = _rooms(config, f"'{directory}'")
@@ -145,7 +146,7 @@ def inject_from_folder(
             methods.append(room.from_peft(fields, _targets(room, tensors, base, directory), saved, backbone))
             methods[-1].inject(model)
         if not rooms:
-            held = [name for name, _ in base.named_parameters() if f"{peft.INSIDE}{name}" in tensors]
+            held = [name for name, _ in base.named_parameters() if f"{peft.INSIDE}{plain(name)}" in tensors]
             freeze_base(base, "PARTIAL", parameters=held)
         # A method may come back as another: P-tuning as the prompt that it computed.
         places = _places(model, base, tensors, [type(method) for method in methods], directory)
@@ -364,7 +365,7 @@ def _report_drift(rounding: Sequence[tuple[float, float]], max_drift: float) -> 
 
 
 def _file_name(base: Base, key: str, inside: str) -> str:
-    prefix = f"{base.root_name}." if base.root_name else ""
+    prefix = f"{plain(base.root_name)}.".lstrip(".")
     if not key.startswith(prefix):
         return f"{peft.OUTSIDE}{key}"
     path, _, own = key.removeprefix(prefix).rpartition(".")
@@ -372,6 +373,15 @@ def _file_name(base: Base, key: str, inside: str) -> str:
     mixins = getattr(base.root.get_submodule(path), "_mixins", ())
     wrapped = any(mixin.acts_on != "inputs" for mixin in mixins)
     return f"{inside}{path}{peft.OF_BASE}{own}" if wrapped else f"{inside}{key.removeprefix(prefix)}"
+
+
+def _plain(value: Any) -> Any:
+    """A config's values with the names of modules as they'd be if none were compiled."""
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, Sequence) else value
 
 
 def _keys_of_others(model: nn.Module, base: Base) -> set[str]:
@@ -385,7 +395,7 @@ def _keys_of_others(model: nn.Module, base: Base) -> set[str]:
 def _own_name(base: Base, file_name: str, inside: str) -> str:
     if file_name.startswith(peft.OUTSIDE):
         return file_name.removeprefix(peft.OUTSIDE)
-    return base.prefixed(file_name.removeprefix(inside).replace(peft.OF_BASE, "."))
+    return plain(base.prefixed(file_name.removeprefix(inside).replace(peft.OF_BASE, ".")))
 
 
 def _carrying(base: Base, kind: str) -> dict[str, Any]:
@@ -461,7 +471,7 @@ def _untie(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 owners = sharing.setdefault(parameter, {})
-                owners[module, key] = values.get(f"{path}.{key}".lstrip("."), owners.get((module, key)))
+                owners[module, key] = values.get(plain(f"{path}.{key}".lstrip(".")), owners.get((module, key)))
     for parameter, owners in sharing.items():
         given = [value for value in owners.values() if value is not None]
         if len(given) < len(owners) or any(not torch.equal(value, given[0]) for value in given):
@@ -490,7 +500,11 @@ def _targets(room: type[FineTuning], tensors: Mapping[str, Tensor], base: Base, 
     """The modules that the tensors of an adapter belong to, as paths in the root."""
     paths = [name for name, _ in base.root.named_modules()]
     names = [(layer, name) for layer in room.layers for name in layer.adds.values()]
-    found = [path for path in paths if any(layer.file_key(room.inside, path, name) in tensors for layer, name in names)]
+    found = [
+        path
+        for path in paths
+        if any(layer.file_key(room.inside, plain(path), name) in tensors for layer, name in names)
+    ]
     if not found:
         raise StateError(
             f"'{directory}' adapts no module of {type(base.root).__name__}: it was made for another model. It holds"
@@ -509,7 +523,7 @@ def _places(
     """Each of an adapter's tensors, its name first, with the one of the model that takes its value."""
     inside = _inside(rooms)
     own_names = {
-        mixin.file_key(room.inside, path, file_name): base.prefixed(f"{path}.{key}".lstrip("."))
+        mixin.file_key(room.inside, plain(path), file_name): base.prefixed(f"{path}.{key}".lstrip("."))
         for room in rooms
         for path, layer in _carrying(base, room.peft_type).items()
         for mixin in layer._mixins
@@ -517,12 +531,14 @@ def _places(
         for key, file_name in mixin.adds.items()
     }
     live = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+    names = {plain(key): key for key in live}
     missing = [file_name for file_name in own_names if file_name not in tensors]
     if missing:
         raise StateError(f"'{directory}' is incomplete: it holds no {', '.join(missing[:3])}.")
     places = []
     for file_name, tensor in tensors.items():
-        key = own_names.get(file_name) or _own_name(base, file_name, inside)
+        own = _own_name(base, file_name, inside)
+        key = own_names.get(file_name) or names.get(own, own)
         if key not in live:
             raise StateError(
                 f"'{directory}' holds {file_name}, and {type(model).__name__} has no '{key}': it was made for"

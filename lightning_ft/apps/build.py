@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException  # 
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_ft.apps.errors import RequestError
+from lightning_ft.callbacks.checkpointing import GradientCheckpointing
+from lightning_ft.callbacks.compile import Compile
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.data.module import TextDataModule
 from lightning_ft.tasks.finetuner import FineTuner
@@ -40,6 +43,23 @@ def method(config: DictConfig) -> FineTuning:
     return instantiate(config.method, _convert_="all")
 
 
+def savers(config: DictConfig) -> list[L.Callback]:
+    """What makes steps smaller or faster, as the config asks for it: gradient checkpointing, compilation.
+
+    Raises:
+        RequestError: if ``compile`` is neither a truth value nor names arguments of ``lightning_ft.Compile``.
+    """
+    wanted, found = config.get("compile"), list[L.Callback]()  # older runs' configs have none
+    if config.get("gradient_checkpointing"):
+        found.append(GradientCheckpointing())
+    if wanted:
+        arguments, known = {} if wanted is True else wanted, signature(Compile).parameters
+        if not isinstance(arguments, Mapping) or set(arguments) - set(known):
+            raise RequestError(f"compile must be true, false or arguments of {', '.join(known)}, not {wanted}.")
+        found.append(Compile(**arguments))
+    return found
+
+
 def finetuner(config: DictConfig, facts: Mapping[str, Any]) -> FineTuner:
     """The module: the model with the task's head, the optimizer, the schedule and the penalties.
 
@@ -63,6 +83,7 @@ def check(config: DictConfig) -> None:
         raise RequestError(f"latency must be a whole number of rounds, 0 for none, not {config.latency}.")
     if config.data.get("streaming") and config.trainer.max_steps < 1:
         raise RequestError("streamed data has no length: say when training ends, trainer.max_steps=...")
+    savers(config)
 
 
 def rate(config: DictConfig, method: str) -> float | str:

@@ -57,7 +57,8 @@ def find_rate(config: DictConfig, data: TextDataModule) -> tuple[float, Figure]:
     with tempfile.TemporaryDirectory() as folder:
         module = build.finetuner(config, data.facts)
         trainer = _SearchTrainer(
-            keep=[build.method(config), _Ratios(wanted.min_lr)],  # the method says what trains, and how
+            # The method says what trains, and how.
+            keep=[build.method(config), *build.savers(config), _Ratios(wanted.min_lr)],
             default_root_dir=folder,  # Lightning puts the module's first state there
             accelerator=config.trainer.accelerator,
             devices=1,

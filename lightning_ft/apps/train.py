@@ -135,6 +135,7 @@ def _trainer(config: DictConfig, method: FineTuning) -> tuple[L.Trainer, Efficie
     """The Trainer with the method, the config's callbacks and its loggers; and what measures the costs."""
     from hydra.utils import instantiate
 
+    from lightning_ft.apps import build
     from lightning_ft.callbacks.efficiency import Efficiency
 
     callbacks = list(instantiate(config.callbacks, _convert_="all").values())
@@ -142,7 +143,9 @@ def _trainer(config: DictConfig, method: FineTuning) -> tuple[L.Trainer, Efficie
     if efficiency not in callbacks:
         callbacks.append(efficiency)
     loggers = list(instantiate(config.logger, _convert_="all").values())
-    return instantiate(config.trainer, callbacks=[method, *callbacks], logger=loggers, _convert_="all"), efficiency
+    return instantiate(
+        config.trainer, callbacks=[method, *build.savers(config), *callbacks], logger=loggers, _convert_="all"
+    ), efficiency
 
 
 def _costs(trainer: L.Trainer, efficiency: Efficiency) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ft.errors import UserError
-from lightning_ft.injection import Base, injected_names
+from lightning_ft.injection import Base, injected_names, plain
 
 
 class StateError(UserError, RuntimeError):
@@ -62,8 +62,8 @@ def method_keys(model: nn.Module, base: Base) -> set[str]:
 
 
 def trained_state(state: Mapping[str, Any], frozen: set[str]) -> dict[str, Any]:
-    """``state`` without the frozen keys."""
-    return {key: value for key, value in state.items() if key not in frozen}
+    """``state`` without the frozen keys, and with the names that compiled modules had before (``_orig_mod``)."""
+    return {plain(key): value for key, value in state.items() if key not in frozen}
 
 
 def complete_state(
@@ -75,6 +75,8 @@ def complete_state(
         StateError: if one of the keys ``ours``, which a method trains, has no value in ``state``.
     """
     live = model.state_dict()
+    names = {plain(key): key for key in live}  # whether modules were compiled then or are now
+    state = {names.get(plain(key), key): value for key, value in state.items()}
     # The rest is for strict loading to tell, after the module's own on_load_checkpoint.
     missing = sorted(key for key in ours if key not in state)
     if missing:
@@ -96,7 +98,7 @@ def fingerprint(base: Base, samples: int = 64) -> dict[str, str]:
     """
     digest, dtypes = hashlib.sha256(), set()
     for name, parameter in _frozen_parameters(base):
-        digest.update(name.encode() + _samples(parameter, samples).numpy().tobytes())
+        digest.update(plain(name).encode() + _samples(parameter, samples).numpy().tobytes())
         dtypes.add(str(parameter.dtype))
     return {"sha256": digest.hexdigest(), "dtypes": " ".join(sorted(dtypes))}
 

@@ -34,6 +34,7 @@ from lightning_ft.injection.targets import (
     is_conv1d,
     match_modules,
     match_names,
+    plain,
     pretrained_models,
     resolve_targets,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "layer_numbers",
     "match_modules",
     "match_names",
+    "plain",
     "pretrained_models",
     "refuse_injected",
     "refuse_unfoldable",

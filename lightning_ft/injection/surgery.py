@@ -706,7 +706,7 @@ def _refuse_tied(root: nn.Module, names: Sequence[str], method: str) -> None:
     """A weight that two modules share would be adapted in one of them and, once merged, changed in both."""
     owners: dict[int, list[str]] = {}
     for name, module in root.named_modules():
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+        if (weight := module._parameters.get("weight")) is not None:
             owners.setdefault(id(weight), []).append(name)
     for sharing in owners.values():
         if len(sharing) > 1 and (target := next((name for name in sharing if name in names), None)) is not None:

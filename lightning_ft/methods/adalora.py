@@ -40,6 +40,7 @@ from lightning_ft.injection import (
     injected_modules,
     is_conv1d,
     match_modules,
+    plain,
     resolve_targets,
 )
 from lightning_ft.ops import lora_linear
@@ -495,7 +496,7 @@ class AdaLoRA(FineTuning):
             backbone=backbone,
         )
         patterns = config.get("rank_pattern") or {}
-        kept = {path: patterns.get(f"{path}.lora_E") for path in targets}
+        kept = {path: patterns.get(f"{plain(path)}.lora_E") for path in targets}
         method._ranks = {path: sum(pattern) for path, pattern in kept.items() if pattern is not None}
         return method
 
@@ -524,7 +525,9 @@ class AdaLoRA(FineTuning):
         super().on_train_start(trainer, pl_module)
         base = find_base(pl_module, self.backbone)
         self._layers = {
-            base.prefixed(path): layer for path, layer in injected_modules(base.root) if isinstance(layer, AdaLoRALayer)
+            plain(base.prefixed(path)): layer
+            for path, layer in injected_modules(base.root)
+            if isinstance(layer, AdaLoRALayer)
         }
         ranks = [len(layer.lora_E) for layer in self._layers.values()]
         if not any(ranks):

@@ -32,6 +32,7 @@ from lightning_ft.injection import (
     is_conv1d,
     match_modules,
     match_names,
+    plain,
     resolve_targets,
 )
 
@@ -224,7 +225,7 @@ class IA3(FineTuning):
             if self.feedforward_modules and not inputs:
                 raise InjectionError(f"feedforward_modules={self.feedforward_modules!r} names none of the targets.")
         else:
-            inputs = [name for name in names if f".{name}".endswith(tuple(f".{end}" for end in feedforward))]
+            inputs = [name for name in names if f".{plain(name)}".endswith(tuple(f".{end}" for end in feedforward))]
         plan = {}
         for name in names:
             n_in, n_out = sizes(base.root.get_submodule(name))
@@ -253,7 +254,7 @@ class IA3(FineTuning):
         inputs = [
             name
             for name in targets
-            if (re.fullmatch(named, name) if isinstance(named, str) else name.endswith(tuple(named)))
+            if (re.fullmatch(named, plain(name)) if isinstance(named, str) else plain(name).endswith(tuple(named)))
         ]
         return cls(
             exactly(targets),

@@ -52,6 +52,7 @@ from lightning_ft.injection import (
     inject_layers,
     is_conv1d,
     match_modules,
+    plain,
     resolve_targets,
 )
 from lightning_ft.ops import lora_linear
@@ -661,7 +662,7 @@ def by_pattern(argument: str, patterns: Mapping[str, Any] | None, names: Sequenc
 
 
 def _matches(pattern: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return re.match(rf"(.*\.)?({pattern})$", plain(name)) is not None
 
 
 def _that_match(patterns: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Any] | None:
