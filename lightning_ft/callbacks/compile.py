@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_ft.errors import UserError
@@ -11,11 +12,11 @@ from lightning_ft.injection import find_base
 
 
 class Compile(Callback):
-    """Compiles the base model of any LightningModule, with what a method put into it, while ``fit`` runs.
+    """Compiles the base model of any LightningModule, with what a method put into it, for the training steps of a fit.
 
     ``L.Trainer(callbacks=[LoRA(), Compile()])``. The first steps take seconds to minutes, and so do the first of a new
     shape of batches. ``module.compile(...)``, not ``torch.compile(module)``, whose wrapper would put
-    ``_orig_mod`` into every key.
+    ``_orig_mod`` into every key. Validation runs as it is, for ``generate()`` would compile for length after length.
 
     Args:
         mode: ``"default"``, ``"reduce-overhead"``, ``"max-autotune"``, as for ``torch.compile``.
@@ -46,14 +47,17 @@ class Compile(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compile, which takes its time at the first batch."""
         self._root, self._called = find_base(pl_module, self.backbone).root, False
-        self._root.compile(mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph, backend=self.backend)
-        compiled = self._root._compiled_call_impl
+        root = self._root
+        root.compile(mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph, backend=self.backend)
+        compiled = root._compiled_call_impl
 
-        def noticed(*args: Any, **kwargs: Any) -> Any:
+        def in_training(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return root._call_impl(*args, **kwargs)
             self._called = True
             return compiled(*args, **kwargs)
 
-        self._root._compiled_call_impl = noticed
+        root._compiled_call_impl = in_training
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
