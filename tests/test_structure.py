@@ -120,7 +120,8 @@ def test_a_library_is_known_only_where_it_belongs() -> None:
         assert inside(module, ONLY_IN.get(library, [module])), f"{module} imports {name}"
         assert library not in NEVER_IN.get(room, ()), f"{module} imports {name}"
         if room in TORCH_ONLY:
-            assert library in {"torch", *sys.stdlib_module_names}, f"{module} imports {name}"
+            comes_with_torch = {"triton"} if room == "ops" else set()
+            assert library in {"torch", *comes_with_torch, *sys.stdlib_module_names}, f"{module} imports {name}"
 
 
 def test_the_plugin_knows_hydra_and_where_the_configuration_is() -> None:
