@@ -11,7 +11,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]
+    rank_zero_info,
+    rank_zero_only,
+    rank_zero_warn,
+)
 from torch import Tensor, nn
 
 from lightning_ft.callbacks.checkpoint_io import METADATA, complete_checkpoint
@@ -67,6 +71,8 @@ def save_adapter(
 ) -> Path:
     """Write what was trained, with its head, in PEFT's format (:mod:`lightning_ft.files.peft`).
 
+    Of several processes the first one writes.
+
     Args:
         model: the LightningModule, or the Hugging Face model in it.
         directory: where; made if it doesn't exist.
@@ -99,7 +105,7 @@ def save_adapter(
                     tensors |= {mixin.file_key(room.inside, plain(path), name): value for name, value in values}
     # Stock PEFT looks for each of modules_to_save under its own name; what only we read is written once.
     tensors = {key: value.clone() for key, value in tensors.items()} if rooms else _without_ties(tensors)
-    return peft.write(directory, config, tensors, card)
+    return peft.write(directory, config, tensors, card) if rank_zero_only.rank == 0 else Path(directory)
 
 
 def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None = None) -> None:

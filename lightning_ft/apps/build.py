@@ -119,6 +119,14 @@ def quiet_trainer(config: DictConfig, **arguments: Any) -> L.Trainer:
         return L.Trainer(**{**arguments, "accelerator": "auto"})
 
 
+def all_devices(config: DictConfig) -> dict[str, Any]:
+    """The Trainer's arguments that say on how many devices a run is, and by which strategy; each strategy is new."""
+    wanted = {key: config.trainer[key] for key in ("devices", "num_nodes", "strategy") if key in config.trainer}
+    return {
+        key: instantiate(value, _convert_="all") if OmegaConf.is_dict(value) else value for key, value in wanted.items()
+    }
+
+
 def predictions(
     trainer: L.Trainer, module: FineTuner, data: TextDataModule, texts: Sequence[str]
 ) -> list[dict[str, Any]]:
@@ -136,7 +144,8 @@ def save_tokenizer(data: TextDataModule, folder: Path) -> None:
 def tidy_messages(level: int) -> None:
     """Say each of Lightning's messages once, from ``level`` up, and leave out advice that doesn't apply here.
 
-    Among it the advice to use worker processes: texts are tokenised beforehand, and those would only cost.
+    Among it the advice to use worker processes: texts are tokenised beforehand, and those would only cost; and to add
+    up over processes what is logged: scores are of all processes' rows already, and costs are the first one's.
     """
     logging.getLogger("lightning").handlers.clear()  # it passes them on to the root's handlers as well
     messages = logging.getLogger("lightning.pytorch")
@@ -145,6 +154,7 @@ def tidy_messages(level: int) -> None:
     for advice in (
         "does not have many workers",
         "exists and is not empty",
+        "recommended to use .*sync_dist",
         r"isinstance\(treespec, LeafSpec\)",
     ):
         warnings.filterwarnings("ignore", f".*{advice}.*")
