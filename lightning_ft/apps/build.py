@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from omegaconf import DictConfig, OmegaConf
@@ -26,8 +27,12 @@ AUTO = "auto"
 
 
 def register_resolvers() -> None:
-    """``${package_dir:NAME,EXTRA}``: the folder of an installed package, which the named extra installs."""
+    """``${package_dir:NAME,EXTRA}``: the folder of an installed package, which the named extra installs.
+
+    ``${processes:DEVICES,MACHINES}``: how many processes a Trainer of so many has.
+    """
     OmegaConf.register_new_resolver("package_dir", _package_dir, replace=True)
+    OmegaConf.register_new_resolver("processes", _processes, replace=True)
 
 
 def datamodule(config: DictConfig) -> TextDataModule:
@@ -144,8 +149,7 @@ def save_tokenizer(data: TextDataModule, folder: Path) -> None:
 def tidy_messages(level: int) -> None:
     """Say each of Lightning's messages once, from ``level`` up, and leave out advice that doesn't apply here.
 
-    Among it the advice to use worker processes: texts are tokenised beforehand, and those would only cost; and to add
-    up over processes what is logged: scores are of all processes' rows already, and costs are the first one's.
+    Among it the advice to use worker processes: texts are tokenised beforehand, and those would only cost.
     """
     logging.getLogger("lightning").handlers.clear()  # it passes them on to the root's handlers as well
     messages = logging.getLogger("lightning.pytorch")
@@ -154,7 +158,6 @@ def tidy_messages(level: int) -> None:
     for advice in (
         "does not have many workers",
         "exists and is not empty",
-        "recommended to use .*sync_dist",
         r"isinstance\(treespec, LeafSpec\)",
     ):
         warnings.filterwarnings("ignore", f".*{advice}.*")
@@ -172,6 +175,13 @@ def _package_dir(name: str, extra: str) -> str:
             " or use another model: model=hub model.name=FOLDER_OR_HUB_NAME"
         )
     return str(Path(next(iter(spec.submodule_search_locations))))
+
+
+def _processes(devices: Any, machines: int) -> int:
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return len(devices) * machines
+    several = devices in ("auto", -1, "-1")
+    return (max(torch.accelerator.device_count(), 1) if several else int(devices)) * machines
 
 
 def as_list(value: Any) -> list[str]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -27,7 +28,8 @@ _SET_BY_LIGHTNING = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "W
 
 def is_first() -> bool:
     """Whether this is the run's first process, which also is the only one of a run on one device."""
-    return rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0"
+    rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+    return rank == 0 and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def started() -> int:
@@ -66,11 +68,10 @@ def together(folder: Path, decided: Sequence[str]) -> Iterator[None]:
         folder: the run's.
         decided: overrides for what this process has found out.
     """
-    main, hydra = sys.modules["__main__"], HydraConfig.instance().cfg
+    main, hydra = sys.modules["__main__"], cast(Any, HydraConfig.instance().cfg)
     argv, spec = sys.argv, main.__spec__
     environment = {key: os.environ.get(key) for key in _SET_BY_LIGHTNING}
     sys.argv, main.__spec__ = [process.__file__, *_arguments(), *decided], None
-    assert hydra is not None
     with read_write(hydra.hydra):
         hydra.hydra.run.dir = str(folder)  # of a job of a multirun too
     try:

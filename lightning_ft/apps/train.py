@@ -70,8 +70,9 @@ def train(config: DictConfig) -> float:
     if ranks.is_first():
         _begin(folder, config, data, trainer, curve)
 
+    alone = config.test_before and ranks.is_first()
+    before = build.quiet_trainer(config).test(module, data, verbose=False)[0] if alone else {}
     with ranks.together(folder, [f"optimizer.lr={config.optimizer.lr}"]):
-        before = _evaluator(config).test(module, data, verbose=False)[0] if config.test_before else {}
         trainer.fit(module, data)
         steps, epochs = trainer.global_step, trainer.current_epoch
         best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
@@ -80,7 +81,8 @@ def train(config: DictConfig) -> float:
                 "No checkpoint was kept (no validation, or none that counts): the last weights are tested and saved."
             )
         after = trainer.test(module, data, ckpt_path=best, verbose=False)[0]
-        validation = _evaluator(config).validate(module, data, verbose=False)[0]
+        together = build.quiet_trainer(config, **build.all_devices(config))
+        validation = together.validate(module, data, verbose=False)[0]
         method.finish(module)
 
         results = {
@@ -146,13 +148,6 @@ def _begin(folder: Path, config: DictConfig, data: TextDataModule, trainer: L.Tr
         log_figure([logger for logger in trainer.loggers if not isinstance(logger, CSVLogger)], "lr_finder", curve, 0)
 
 
-def _evaluator(config: DictConfig) -> L.Trainer:
-    """A quiet Trainer of all the run's processes."""
-    from lightning_ft.apps import build
-
-    return build.quiet_trainer(config, **build.all_devices(config))
-
-
 def _end(
     folder: Path,
     config: DictConfig,
@@ -164,7 +159,10 @@ def _end(
     """Write the results, and show them."""
     import os
 
+    from torch.distributed.fsdp import FSDPModule
+
     from lightning_ft.apps import build, latency, report, runs
+    from lightning_ft.apps.restore import restore
     from lightning_ft.reporting import log_folder
 
     adapter = folder / runs.ADAPTER
@@ -172,6 +170,8 @@ def _end(
     runs.save_results(folder, results)  # before anything that can fail: the run is finished
     log_folder(trainer.loggers, f"adapter-{folder.name}", adapter, "adapter")
     samples = build.as_list(config.samples)
+    if (samples or config.latency) and isinstance(module.model, FSDPModule):  # whole again, in this process alone
+        module, _ = restore(folder, OmegaConf.create())
     predictions = build.predictions(build.quiet_trainer(config), module, data, samples) if samples else []
     if config.latency:
         results["latency"] = latency.measure(module, data, trainer, config.latency)
