@@ -71,7 +71,9 @@ def train(config: DictConfig) -> float:
         _begin(folder, config, data, trainer, curve)
 
     alone = config.test_before and ranks.is_first()
-    before = build.quiet_trainer(config).test(module, data, verbose=False)[0] if alone else {}
+    # Not in inference mode: metrics would keep tensors of it, which FSDP2's evaluation can't change.
+    first = build.quiet_trainer(config, inference_mode=False) if alone else None
+    before = first.test(module, data, verbose=False)[0] if first else {}
     with ranks.together(folder, [f"optimizer.lr={config.optimizer.lr}"]):
         trainer.fit(module, data)
         steps, epochs = trainer.global_step, trainer.current_epoch
@@ -174,6 +176,7 @@ def _end(
         module, _ = restore(folder, OmegaConf.create())
     predictions = build.predictions(build.quiet_trainer(config), module, data, samples) if samples else []
     if config.latency:
+        data.trainer = None  # whose processes share the rows
         results["latency"] = latency.measure(module, data, trainer, config.latency)
         runs.save_results(folder, results)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, ABCMeta
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_ft.callbacks.checkpoint_io import AdapterCheckpointIO
@@ -84,8 +84,8 @@ class Gathering(ABC):  # an ABC as Strategy is: else the class of one couldn't b
 def gather_checkpoints(strategy: Any) -> None:
     """Make a sharding strategy write and read what was trained, as ordinary checkpoints."""
     if not isinstance(strategy, Gathering):
-        kind = type(strategy)
-        strategy.__class__ = type(kind)(kind.__name__, (Gathering, kind), {})
+        kind: Any = type(strategy)
+        strategy.__class__ = ABCMeta(kind.__name__, (Gathering, kind), {})
 
 
 def _part(value: Any, like: Any) -> Any:
