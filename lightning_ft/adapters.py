@@ -23,7 +23,7 @@ from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.errors import UserError
 from lightning_ft.files import peft
 from lightning_ft.files.card import Facts, pools_prompt
-from lightning_ft.files.state import StateError, frozen_keys, trained_state, whole
+from lightning_ft.files.state import StateError, frozen_keys, gathered, is_shared_out, trained_state, whole
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -72,7 +72,7 @@ def save_adapter(
 ) -> Path:
     """Write what was trained, with its head, in PEFT's format (:mod:`lightning_ft.files.peft`).
 
-    Of several processes the first one writes; where they share parameters out (FSDP2), all must call it.
+    Of several processes the first one writes; where they share parameters out (FSDP2, ZeRO-3), all must call it.
 
     Args:
         model: the LightningModule, or the Hugging Face model in it.
@@ -89,6 +89,14 @@ def save_adapter(
         ValueError: if ``card`` has a key that there is no place for.
     """
     base = find_base(model, backbone)
+    with gathered(model):
+        config, tensors = _collected(model, base)
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        return peft.write(directory, config, tensors, card) if first else Path(directory)
+
+
+def _collected(model: nn.Module, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of an adapter's files."""
     state = trained_state(model.state_dict(), frozen_keys(model, base) | _keys_of_others(model, base))
     trained = {key: whole(value) for key, value in state.items()}
     if not trained:
@@ -107,8 +115,7 @@ def save_adapter(
                     tensors |= {mixin.file_key(room.inside, plain(path), name): value for name, value in values}
     # Stock PEFT looks for each of modules_to_save under its own name; what only we read is written once.
     tensors = {key: value.clone() for key, value in tensors.items()} if rooms else _without_ties(tensors)
-    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    return peft.write(directory, config, tensors, card) if first else Path(directory)
+    return config, tensors
 
 
 def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None = None) -> None:
@@ -189,9 +196,9 @@ def merge(model: nn.Module, *, reversible: bool = False, dequantize: bool = Fals
         InjectionError: if the drift is above ``max_drift``, or the model is sharded; it is then left as it was.
     """
     layers = list(injected_modules(model))
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+    if is_shared_out(model):
         raise InjectionError(
-            "A model that processes share out (FSDP2) can't be merged: save_adapter() what was trained, and merge after"
+            "A model that processes share out (FSDP2, ZeRO-3) can't be merged: save_adapter() what was trained, and merge after"
             " load_adapter() into a whole one."
         )
     for name, layer in layers:

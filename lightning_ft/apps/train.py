@@ -161,10 +161,9 @@ def _end(
     """Write the results, and show them."""
     import os
 
-    from torch.distributed.fsdp import FSDPModule
-
     from lightning_ft.apps import build, latency, report, runs
     from lightning_ft.apps.restore import restore
+    from lightning_ft.files.state import is_shared_out
     from lightning_ft.reporting import log_folder
 
     adapter = folder / runs.ADAPTER
@@ -172,7 +171,7 @@ def _end(
     runs.save_results(folder, results)  # before anything that can fail: the run is finished
     log_folder(trainer.loggers, f"adapter-{folder.name}", adapter, "adapter")
     samples = build.as_list(config.samples)
-    if (samples or config.latency) and isinstance(module.model, FSDPModule):  # whole again, in this process alone
+    if (samples or config.latency) and is_shared_out(module):  # whole again, in this process alone
         module, _ = restore(folder, OmegaConf.create())
     predictions = build.predictions(build.quiet_trainer(config), module, data, samples) if samples else []
     if config.latency:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -66,6 +67,21 @@ def whole(tensor: Tensor) -> Tensor:
     """The value of a tensor that several processes share out (DTensor), all of which must ask; others as they are."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+def is_shared_out(model: nn.Module) -> bool:
+    """Whether several processes share out the parameters of ``model``, by FSDP2 or DeepSpeed's ZeRO-3."""
+    return any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def gathered(model: nn.Module) -> AbstractContextManager[Any]:
+    """Within it, what trains is whole where DeepSpeed's ZeRO-3 shares parameters out; all processes must enter it."""
+    shared = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
+    if not shared:
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters(shared)
 
 
 def trained_state(state: Mapping[str, Any], frozen: set[str]) -> dict[str, Any]:

@@ -30,12 +30,30 @@ from lightning_ft.tasks.penalties.l2 import L2
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode")  # of which there's no dropout
 
 SCRIPT = '''
-import sys
+import os, sys
 from functools import partial
-from pathlib import Path
 import lightning as L, torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_ft import Classification, FineTuner, LoRA, TextDataModule, save_adapter
+from lightning_ft import CausalLM, Classification, FineTuner, LoRA, TextDataModule, save_adapter
+from tiny import llama_lm
+
+QUIET = dict(
+    accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    num_sanity_val_steps=0,
+)
+
+def fit_lm(strategy, devices):
+    """A language model trained on batches of four texts, of which as many tokens are learned as the number says."""
+    rows = [{"input_ids": torch.arange(1, 9) + i, "labels": torch.arange(1, 9) + i} for i in range(8)]
+    for i, row in enumerate(rows):
+        row["labels"][: 7 - i] = -100
+    module = FineTuner(llama_lm(), CausalLM("unused", generations=0), partial(torch.optim.SGD, lr=0.1))
+    how = dict(devices=devices, strategy=strategy, use_distributed_sampler=False)
+    trainer = L.Trainer(max_epochs=2, callbacks=[LoRA(r=2)], **how, **QUIET)
+    torch.manual_seed(0)
+    own = rows[trainer.global_rank :: devices] if devices > 1 else rows
+    trainer.fit(module, torch.utils.data.DataLoader(own, batch_size=4 // devices))
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 def fit(model, folder, strategy, devices, epochs, **more):
     """A module trained on batches of eight rows, of all processes together, and its Trainer."""
@@ -44,15 +62,14 @@ def fit(model, folder, strategy, devices, epochs, **more):
     module = FineTuner(model, Classification(data.labels), partial(torch.optim.AdamW, lr=1e-2))
     module.model.eval()
     trainer = L.Trainer(
-        accelerator="cpu", devices=devices, strategy=strategy, max_epochs=epochs, gradient_clip_val=0.5, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        callbacks=[LoRA(r=4)],
+        devices=devices, strategy=strategy, max_epochs=epochs, gradient_clip_val=0.5, callbacks=[LoRA(r=4)], **QUIET
     )
     trainer.fit(module, data, **more)
     return module, trainer
 
 if __name__ == "__main__":
     model, folder, out = sys.argv[1:]
+    torch.save(fit_lm("ddp", 2), f"{out}/lm{os.environ['LOCAL_RANK']}")
     module, trainer = fit(model, folder, "ddp", 2, 2)
     save_adapter(module, f"{out}/ddp")
     sharding = partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
@@ -75,11 +92,14 @@ def test_two_processes_train_as_one_does_with_batches_of_both(tmp_path: Path, ti
     for seed, (split, count) in enumerate((("train", 40), ("validation", 12), ("test", 6))):
         write_csv(folder / f"{split}.csv", reviews(count, seed))
     script.write_text(SCRIPT)
-    answer = python(script, tiny_bert_dir, folder, tmp_path, HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    places = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    cache = str(tmp_path / "cache")
+    answer = python(script, tiny_bert_dir, folder, tmp_path, HF_DATASETS_CACHE=cache, PYTHONPATH=places)
     assert answer.returncode == 0, answer.stderr[-3000:]
 
     own: dict[str, Any] = {"__name__": "script"}
     exec(SCRIPT, own)
+    torch.testing.assert_close(torch.load(tmp_path / "lm0"), own["fit_lm"]("auto", 1), rtol=1e-5, atol=1e-5)
     module, trainer = own["fit"](tiny_bert_dir, folder, "auto", 1, 2)
     lightning_ft.save_adapter(module, tmp_path / "one")
     one = load_file(tmp_path / "one" / "adapter_model.safetensors")
