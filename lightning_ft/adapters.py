@@ -198,8 +198,8 @@ def merge(model: nn.Module, *, reversible: bool = False, dequantize: bool = Fals
     layers = list(injected_modules(model))
     if is_shared_out(model):
         raise InjectionError(
-            "A model that processes share out (FSDP2, ZeRO-3) can't be merged: save_adapter() what was trained, and merge after"
-            " load_adapter() into a whole one."
+            "A model that processes share out (FSDP2, ZeRO-3) can't be merged: save_adapter() what was trained, and"
+            " merge after load_adapter() into a whole one."
         )
     for name, layer in layers:
         for mixin in layer._mixins:

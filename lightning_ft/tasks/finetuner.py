@@ -124,7 +124,7 @@ class FineTuner(L.LightningModule):
             self.log_dict({"train/task_loss": loss, **terms})
             loss = loss + torch.stack([*terms.values()]).sum()
         self.log("train/loss", loss, prog_bar=True)
-        return self._share_of_mean(loss, labels)
+        return self._share_of_mean(loss, batch)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Count the batch."""
@@ -183,11 +183,11 @@ class FineTuner(L.LightningModule):
         if any(penalty.needs_base(self.model) for penalty in self._penalties):
             self._origin.remember(find_base(self.model))
 
-    def _share_of_mean(self, loss: Tensor, labels: Any) -> Tensor:
+    def _share_of_mean(self, loss: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """A mean over rows or tokens, weighed so that the mean over the processes is that over all of theirs."""
         if self.trainer.world_size == 1:
             return loss
-        count = torch.tensor(float(self.task.count(labels)), device=loss.device)
+        count = torch.tensor(float(self.task.count(inputs_and_labels(batch)[1])), device=loss.device)
         return loss * (count / self.trainer.strategy.reduce(count.clone(), reduce_op="mean"))
 
     def _evaluate(self, stage: str, batch: Mapping[str, Any]) -> None:

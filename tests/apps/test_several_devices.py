@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 from commands import call, predicted, python, reviews, succeed, tiny_run, write_csv
+from hydra import compose, initialize_config_dir
 
-from lightning_ft.apps import ranks, train
+from lightning_ft.apps import build, ranks, train
+from lightning_ft.apps.paths import conf_dir
 
 
 @pytest.fixture
@@ -77,3 +80,21 @@ def test_one_process_of_all_machines_is_the_first(
     for key, value in said.items():
         monkeypatch.setenv(key, value)
     assert ranks.is_first() == first
+
+
+def test_without_deepspeed_it_is_said_how_to_get_it(tiny_bert_dir: str, data: Path) -> None:
+    if importlib.util.find_spec("deepspeed"):
+        pytest.skip("deepspeed is installed")
+    for choice in ("deepspeed_zero2", "deepspeed_zero3"):
+        message = call(*tiny_run(tiny_bert_dir, data, f"trainer={choice}", "hydra.run.dir=d")).message
+        assert "pip install" in message
+        assert "deepspeed" in message
+
+
+@pytest.mark.parametrize(("devices", "machines", "processes"), [("2", "1", 2), ("4", "3", 12), ("[0,2]", "2", 4)])
+def test_fsdp_shards_over_all_processes(devices: str, machines: str, processes: int) -> None:
+    build.register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("train", ["trainer=fsdp", f"trainer.devices={devices}", f"trainer.num_nodes={machines}"])
+    strategy = build.all_devices(config)["strategy"]
+    assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (processes, 1)
