@@ -138,6 +138,7 @@ def loader() -> Any:
 
 def trainer(strategy: Any, *callbacks: L.Callback, **more: Any) -> L.Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": 2}
+    quiet["use_distributed_sampler"] = False  # which would shuffle
     return L.Trainer(
         accelerator="cpu", devices=1, strategy=strategy, callbacks=list(callbacks), enable_model_summary=False,
         **{**quiet, **more},
@@ -166,6 +167,18 @@ def test_what_shards_hold_is_saved_whole(method: Any, sharding: partial[ModelPar
     lightning_ft.save_adapter(shared, tmp_path / "shared")
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("shared", "whole"))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_keep_fp32_beside_shards_of_bf16(sharding: partial[ModelParallelStrategy]) -> None:
+    trained = []
+    for strategy in ("auto", sharding()):
+        module = finetuner()
+        torch.manual_seed(0)
+        trainer(strategy, LoRA(r=2), precision="bf16-true").fit(module, loader())
+        trained.append({name: whole(p.detach()) for name, p in module.named_parameters() if p.requires_grad})
+        assert {p.dtype for name, p in module.named_parameters() if "lora" in name} == {torch.float32}
+        assert module.model.bert.embeddings.word_embeddings.weight.dtype is torch.bfloat16
+    torch.testing.assert_close(*trained, rtol=0, atol=0)
 
 
 def test_the_best_checkpoint_is_an_ordinary_one_and_comes_back(
