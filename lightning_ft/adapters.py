@@ -11,7 +11,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]
+    rank_zero_info,
+    rank_zero_only,
+    rank_zero_warn,
+)
 from torch import Tensor, nn
 
 from lightning_ft.callbacks.checkpoint_io import METADATA, complete_checkpoint
@@ -19,7 +23,7 @@ from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.errors import UserError
 from lightning_ft.files import peft
 from lightning_ft.files.card import Facts, pools_prompt
-from lightning_ft.files.state import StateError, frozen_keys, trained_state
+from lightning_ft.files.state import StateError, frozen_keys, gathered, is_shared_out, trained_state, whole
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -37,6 +41,7 @@ from lightning_ft.injection import (
     plain,
     remembering,
     thaw,
+    with_values,
 )
 from lightning_ft.methods.adalora import AdaLoRA
 from lightning_ft.methods.adapter import Adapter
@@ -67,6 +72,8 @@ def save_adapter(
 ) -> Path:
     """Write what was trained, with its head, in PEFT's format (:mod:`lightning_ft.files.peft`).
 
+    Of several processes the first one writes; where they share parameters out (FSDP2, ZeRO-3), all must call it.
+
     Args:
         model: the LightningModule, or the Hugging Face model in it.
         directory: where; made if it doesn't exist.
@@ -82,7 +89,16 @@ def save_adapter(
         ValueError: if ``card`` has a key that there is no place for.
     """
     base = find_base(model, backbone)
-    trained = trained_state(model.state_dict(), frozen_keys(model, base) | _keys_of_others(model, base))
+    with gathered(model):
+        config, tensors = _collected(model, base)
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        return peft.write(directory, config, tensors, card) if first else Path(directory)
+
+
+def _collected(model: nn.Module, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of an adapter's files."""
+    state = trained_state(model.state_dict(), frozen_keys(model, base) | _keys_of_others(model, base))
+    trained = {key: whole(value) for key, value in state.items()}
     if not trained:
         raise InjectionError("There is nothing to save: no parameter of the model trains. Inject a method first.")
     fields, added = _method_fields(base), {plain(name) for name in injected_names(model)}
@@ -95,11 +111,11 @@ def save_adapter(
         for path, layer in _carrying(base, room.peft_type).items():
             for mixin in layer._mixins:
                 if mixin.method == room.peft_type:
-                    values = mixin.in_files(layer).items()
+                    values = mixin.in_files(with_values(layer, whole)).items()
                     tensors |= {mixin.file_key(room.inside, plain(path), name): value for name, value in values}
     # Stock PEFT looks for each of modules_to_save under its own name; what only we read is written once.
     tensors = {key: value.clone() for key, value in tensors.items()} if rooms else _without_ties(tensors)
-    return peft.write(directory, config, tensors, card)
+    return config, tensors
 
 
 def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None = None) -> None:
@@ -177,9 +193,14 @@ def merge(model: nn.Module, *, reversible: bool = False, dequantize: bool = Fals
     Raises:
         NotImplementedError: if a method in the model can't be merged, or not into a linear layer whose forward isn't
             ``W x + b``; the model is then left as it was.
-        InjectionError: if the drift is above ``max_drift``; the model is then left as it was.
+        InjectionError: if the drift is above ``max_drift``, or the model is sharded; it is then left as it was.
     """
     layers = list(injected_modules(model))
+    if is_shared_out(model):
+        raise InjectionError(
+            "A model that processes share out (FSDP2, ZeRO-3) can't be merged: save_adapter() what was trained, and"
+            " merge after load_adapter() into a whole one."
+        )
     for name, layer in layers:
         for mixin in layer._mixins:
             mixin.check_mergeable(name or type(model).__name__)

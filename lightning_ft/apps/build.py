@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from omegaconf import DictConfig, OmegaConf
@@ -26,8 +27,12 @@ AUTO = "auto"
 
 
 def register_resolvers() -> None:
-    """``${package_dir:NAME,EXTRA}``: the folder of an installed package, which the named extra installs."""
+    """``${package_dir:NAME,EXTRA}``: the folder of an installed package, which the named extra installs.
+
+    ``${processes:DEVICES,MACHINES}``: how many processes a Trainer of so many has.
+    """
     OmegaConf.register_new_resolver("package_dir", _package_dir, replace=True)
+    OmegaConf.register_new_resolver("processes", _processes, replace=True)
 
 
 def datamodule(config: DictConfig) -> TextDataModule:
@@ -119,6 +124,14 @@ def quiet_trainer(config: DictConfig, **arguments: Any) -> L.Trainer:
         return L.Trainer(**{**arguments, "accelerator": "auto"})
 
 
+def all_devices(config: DictConfig) -> dict[str, Any]:
+    """The Trainer's arguments that say on how many devices a run is, and by which strategy; each strategy is new."""
+    wanted = {key: config.trainer[key] for key in ("devices", "num_nodes", "strategy") if key in config.trainer}
+    return {
+        key: instantiate(value, _convert_="all") if OmegaConf.is_dict(value) else value for key, value in wanted.items()
+    }
+
+
 def predictions(
     trainer: L.Trainer, module: FineTuner, data: TextDataModule, texts: Sequence[str]
 ) -> list[dict[str, Any]]:
@@ -145,6 +158,7 @@ def tidy_messages(level: int) -> None:
     for advice in (
         "does not have many workers",
         "exists and is not empty",
+        "have overridden `on_before_batch_transfer`",
         r"isinstance\(treespec, LeafSpec\)",
     ):
         warnings.filterwarnings("ignore", f".*{advice}.*")
@@ -162,6 +176,13 @@ def _package_dir(name: str, extra: str) -> str:
             " or use another model: model=hub model.name=FOLDER_OR_HUB_NAME"
         )
     return str(Path(next(iter(spec.submodule_search_locations))))
+
+
+def _processes(devices: Any, machines: int) -> int:
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return len(devices) * machines
+    several = devices in ("auto", -1, "-1")
+    return (max(torch.accelerator.device_count(), 1) if several else int(devices)) * machines
 
 
 def as_list(value: Any) -> list[str]:

@@ -2,7 +2,8 @@
 
 hook              what happens there
 setup             inject, before configure_optimizers; or arrange that it happens after the module's
-                  own setup() or configure_model(), if it overrides them
+                  own setup() or configure_model(), if it overrides them; under FSDP2 before
+                  configure_model(), which shards
 on_fit_start      the user's optimizers get what was injected, and lose what was frozen
 on_train_batch_   frozen BatchNorms evaluate, injected dropouts drop, for as long as the batch trains
   start, _end
@@ -28,6 +29,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from lightning_ft.callbacks.checkpoint_io import AdapterCheckpointIO
+from lightning_ft.callbacks.sharding import gather_checkpoints, shards
 from lightning_ft.files.peft import INSIDE
 from lightning_ft.files.state import frozen_modules
 from lightning_ft.injection import (
@@ -177,8 +179,10 @@ class FineTuning(Callback, ABC):
         _wrap_checkpoint_io(trainer)
         if hook is None:
             inject()
+        elif hook == "configure_model" and shards(trainer.strategy):
+            _around(pl_module, hook, partial(self._inject_if_built, pl_module, inject), inject)
         else:
-            _after(pl_module, hook, inject)
+            _around(pl_module, hook, None, inject)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the optimizers hold just what trains, and that no other callback changes what doesn't."""
@@ -254,6 +258,14 @@ class FineTuning(Callback, ABC):
             rank_zero_info(f"{type(self).__name__}: {self.describe(model, touched[methods.index(self)])}")
             self._told = True
 
+    def _inject_if_built(self, model: nn.Module, inject: Callable[[], None]) -> None:
+        """Inject before the module is sharded. One that is built and sharded in one hook must inject by itself."""
+        try:
+            find_base(model, self.backbone)
+        except InjectionError:
+            return  # injection after the hook says what is wrong
+        inject()
+
     def _restore_modes(self) -> None:
         for norm in self._norms:
             vars(norm).pop("train", None)
@@ -318,6 +330,8 @@ def _wrap_checkpoint_io(trainer: Trainer) -> None:
             lambda: trainer.lightning_module,
             lambda: [(find_base(trainer.lightning_module, m.backbone), m.record()) for m in methods_of(trainer)],
         )
+    if shards(trainer.strategy):
+        gather_checkpoints(trainer.strategy)
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
@@ -368,8 +382,8 @@ def _last_builder(module: LightningModule) -> str | None:
     return overridden[-1] if overridden else None
 
 
-def _after(module: LightningModule, hook: str, then: Callable[[], None]) -> None:
-    """Have ``then`` run after ``module.<hook>``, once, by an attribute of the instance.
+def _around(module: LightningModule, hook: str, before: Callable[[], None] | None, then: Callable[[], None]) -> None:
+    """Have ``before`` and ``then`` run before and after ``module.<hook>``, once, by an attribute of the instance.
 
     Not ``functools.wraps``: Lightning looks through ``__wrapped__`` to tell whether a hook is overridden.
     """
@@ -377,6 +391,8 @@ def _after(module: LightningModule, hook: str, then: Callable[[], None]) -> None
 
     def hook_then_inject(*args: Any, **kwargs: Any) -> None:
         _restore_hooks(module)  # else a copy that is made in the fit would call this, and a pickle can't be made
+        if before is not None:
+            before()
         original(*args, **kwargs)
         then()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ def frozen_keys(model: nn.Module, base: Base) -> set[str]:
 
     What is in the base is so under whatever name: ``self.encoder = self.model.bert`` gives its tensors second ones.
     """
+    keys = list(model.state_dict())  # first of all: FSDP2 then exchanges whole parameters for their parts
     added = injected_names(model)
     still = {module for _, module in frozen_modules(base)}
     parameters = {id(p) for _, p in base.named_parameters() if not p.requires_grad}
@@ -51,7 +53,7 @@ def frozen_keys(model: nn.Module, base: Base) -> set[str]:
         parameter = modules[path]._parameters.get(own)
         return modules[path] in still if parameter is None else id(parameter) in parameters
 
-    return {key for key in model.state_dict() if key not in added and is_frozen(key)}
+    return {key for key in keys if key not in added and is_frozen(key)}
 
 
 def method_keys(model: nn.Module, base: Base) -> set[str]:
@@ -59,6 +61,27 @@ def method_keys(model: nn.Module, base: Base) -> set[str]:
     trained = {id(p) for p in base.root.parameters() if p.requires_grad}
     whole = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in trained}
     return whole | {base.prefixed(name) for name in injected_names(base.root)}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The value of a tensor that several processes share out (DTensor), all of which must ask; others as they are."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def is_shared_out(model: nn.Module) -> bool:
+    """Whether several processes share out the parameters of ``model``, by FSDP2 or DeepSpeed's ZeRO-3."""
+    return any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def gathered(model: nn.Module) -> AbstractContextManager[Any]:
+    """Within it, what trains is whole where DeepSpeed's ZeRO-3 shares parameters out; all processes must enter it."""
+    shared = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
+    if not shared:
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters(shared)
 
 
 def trained_state(state: Mapping[str, Any], frozen: set[str]) -> dict[str, Any]:
@@ -116,7 +139,7 @@ def _frozen_parameters(base: Base) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _samples(parameter: nn.Parameter, samples: int) -> Tensor:
-    flat = parameter.detach().flatten()
+    flat = whole(parameter.detach()).flatten()
     index = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
     return flat[index.to(flat.device)].float().cpu()
 

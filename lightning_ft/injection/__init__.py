@@ -1,6 +1,6 @@
 """Where things go in: pure torch, no Lightning, no Hugging Face import."""
 
-from lightning_ft.injection.layers import layer_depths, layer_numbers
+from lightning_ft.injection.layers import layer_depths, layer_numbers, stacked_layers
 from lightning_ft.injection.origin import Origin, refuse_unfoldable
 from lightning_ft.injection.surgery import (
     Injected,
@@ -24,6 +24,7 @@ from lightning_ft.injection.surgery import (
     train_own,
     twin,
     unfreeze,
+    with_values,
 )
 from lightning_ft.injection.targets import (
     Base,
@@ -76,9 +77,11 @@ __all__ = [
     "refuse_unfoldable",
     "remembering",
     "resolve_targets",
+    "stacked_layers",
     "thaw",
     "train_own",
     "trunk_at",
     "twin",
     "unfreeze",
+    "with_values",
 ]

@@ -215,7 +215,7 @@ def attach(
     module.__class__ = _combine(stacked, original)
     setattr(module, mixin.slot, settings)
     for key in mixin.adds:
-        module.register_parameter(key, nn.Parameter(tensors[key].to(device=device, dtype=dtype)))
+        module.register_parameter(key, nn.Parameter(tensors[key].to(device=device, dtype=dtype).contiguous()))
     for key in mixin.keeps:
         module.register_buffer(key, tensors[key].to(device=device, dtype=dtype))
     module.held_in = {**module.held_in, mixin.slot: dtype}
@@ -345,6 +345,15 @@ def detach(model: nn.Module, name: str, mixin: type[Injected] | None = None) -> 
         if not kept:
             del module.held_in
     _return_to_fast_path(model, name)
+
+
+def with_values(layer: Any, value_of: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of an injected layer in which what was added is what ``value_of`` makes of it; the rest is the same."""
+    copied = _new(layer._mixins, layer._original)
+    vars(copied).update(vars(layer))
+    added = {key: nn.Parameter(value_of(getattr(layer, key).detach()), False) for m in layer._mixins for key in m.adds}
+    vars(copied)["_parameters"] = {**layer._parameters, **added}
+    return copied
 
 
 def injected_modules(model: nn.Module) -> Iterator[tuple[str, Injected]]:

@@ -114,6 +114,19 @@ class GradualUnfreezing(FineTuning):
         self.start, self.every_n_epochs, self.max_layers = start, every_n_epochs, max_layers
         self._waiting: list[nn.Parameter] = []
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See :class:`FineTuning`.
+
+        Raises:
+            InjectionError: under a strategy that shards parameters.
+        """
+        if stage == "fit" and trainer.strategy.restore_checkpoint_after_setup:  # as Lightning does for those
+            raise InjectionError(
+                f"GradualUnfreezing changes what trains as it goes, and {type(trainer.strategy).__name__} fixes that"
+                " when it shards. Use strategy='ddp_find_unused_parameters_true', or TopLayers."
+            )
+        super().setup(trainer, pl_module, stage)
+
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze what never trains; see :meth:`FineTuning.inject`. What trains later is held back within a fit."""
         base = find_base(model, self.backbone)

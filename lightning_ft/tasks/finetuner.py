@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
+from lightning_ft.errors import UserError
 from lightning_ft.general import watching
-from lightning_ft.injection import Origin, find_base
+from lightning_ft.injection import Origin, find_base, stacked_layers
 from lightning_ft.optim import RateError, parameter_groups, scale_rates
 from lightning_ft.reporting import log_figure, log_table
 from lightning_ft.tasks.penalties.penalty import Ground, Penalty, Step
@@ -21,6 +23,7 @@ from lightning_ft.tasks.task import Task, inputs_and_labels
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 
@@ -75,6 +78,19 @@ class FineTuner(L.LightningModule):
         """The task's outputs: of a classifier the logits (batch, classes), from ``input_ids`` (batch, tokens), …."""
         return self.task.outputs(self.model, inputs)
 
+    def configure_model(self) -> None:
+        """Under ModelParallelStrategy share the model's parameters out over the processes, layer by layer (FSDP2).
+
+        Raises:
+            UserError: for what needs whole weights.
+        """
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            self._refuse_to_shard(self.device_mesh)
+            mesh = self.device_mesh["data_parallel"]
+            for layer in stacked_layers(self.model):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep of the base what the checkpoint is about to write over."""
         self._remember()
@@ -108,7 +124,7 @@ class FineTuner(L.LightningModule):
             self.log_dict({"train/task_loss": loss, **terms})
             loss = loss + torch.stack([*terms.values()]).sum()
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return self._share_of_mean(loss, batch)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Count the batch."""
@@ -153,9 +169,26 @@ class FineTuner(L.LightningModule):
         scheduler = self._make_scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _refuse_to_shard(self, mesh: DeviceMesh) -> None:
+        reasons = {
+            "tensor_parallel_size must be 1": mesh["tensor_parallel"].size() > 1,
+            "penalties look at whole weights": bool(self._penalties),
+            "what the task itself learns is outside of the model": any(True for _ in self.task.parameters()),
+            "a quantized base can't be shared out": any(not p.is_floating_point() for p in self.model.parameters()),
+        }
+        if found := [reason for reason, holds in reasons.items() if holds]:
+            raise UserError(f"FineTuner can't be sharded by FSDP2: {'; '.join(found)}. Use strategy='ddp'.")
+
     def _remember(self) -> None:
         if any(penalty.needs_base(self.model) for penalty in self._penalties):
             self._origin.remember(find_base(self.model))
+
+    def _share_of_mean(self, loss: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """A mean over rows or tokens, weighed so that the mean over the processes is that over all of theirs."""
+        if self.trainer.world_size == 1:
+            return loss
+        count = torch.tensor(float(self.task.count(inputs_and_labels(batch)[1])), device=loss.device)
+        return loss * (count / self.trainer.strategy.reduce(count.clone(), reduce_op="mean"))
 
     def _evaluate(self, stage: str, batch: Mapping[str, Any]) -> None:
         inputs, labels = inputs_and_labels(batch)
@@ -174,10 +207,11 @@ class FineTuner(L.LightningModule):
             self.task.reset(stage)
             self._loss_of(stage).reset()
             return
-        self.log(f"{stage}/loss", self._loss_of(stage).compute())
+        # They are of all processes' rows already; else Lightning would advise to say so.
+        self.log(f"{stage}/loss", self._loss_of(stage).compute(), sync_dist=True)
         self._loss_of(stage).reset()
         scores = {f"{stage}/{name}": value for name, value in self.task.scores(stage).items()}
-        self.log_dict(scores, prog_bar=stage == "val")
+        self.log_dict(scores, prog_bar=stage == "val", sync_dist=True)
         self.task.reset(stage)
 
     def _loss_of(self, stage: str) -> MeanMetric:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_ft.errors import UserError
@@ -66,8 +67,11 @@ def _tapped(head: nn.Linear) -> Iterator[_Tap]:
 
 
 def plain_head(model: Any) -> nn.Linear | None:
-    """The linear layer that makes logits of hidden states; None if it's another kind, or not whole on this device."""
-    head = model.get_output_embeddings()
+    """The linear layer that makes logits of hidden states; None if it's another kind, or not whole on this device.
+
+    FSDP2 makes it whole for what the model itself computes alone.
+    """
+    head = None if isinstance(model, FSDPModule) else model.get_output_embeddings()
     return head if type(head) is nn.Linear and type(head.weight) is nn.Parameter else None
 
 
@@ -197,7 +201,7 @@ class LanguageTask(Task):
 
     def observe(self, stage: str, model: nn.Module, batch: Batch) -> None:
         """Keep some rows to generate from: of the first batch as many as are shown, of each later one another."""
-        if not self.generations:
+        if not self.generations or isinstance(model, FSDPModule):  # texts end at different steps in its processes
             return
         seen = self._seen.setdefault(stage, _Seen(model))
         rows, wanted = len(batch["labels"]), 1 if seen.examples else self.generations

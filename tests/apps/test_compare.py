@@ -253,7 +253,9 @@ def test_a_run_for_each_method_and_seed_in_a_folder_of_its_own(
 
 def process(code: str, monkeypatch: pytest.MonkeyPatch, say: Any = lambda line: None) -> tuple[dict[str, Any], str]:
     """Have ``code`` run in the place of a run; returns the record and what is kept of its output."""
-    monkeypatch.setattr(compare, "_TRAIN", code)
+    script = Path("script.py")
+    script.write_text(code, encoding="utf-8")
+    monkeypatch.setattr(compare, "_TRAIN", str(script))
     record = compare._train(compare.Run("lora", 0, Path("run"), []), say)
     return record, (Path("run") / compare.CONSOLE).read_text(encoding="utf-8")
 
