@@ -122,11 +122,8 @@ def rivals(work: Workload, device: str) -> dict[str, tuple[Any, Callable[[Any, T
 
     task = CausalLM("unused", generations=0)
 
-    learned = torch.arange(work.batch * (work.tokens - 1), device=device)
-
     def our_loss(model: Any, ids: Tensor) -> Tensor:
-        rows = len(ids) * (work.tokens - 1)
-        return task.training_loss(model, {"input_ids": ids, "labels": ids, "learned": learned[:rows]})
+        return task.training_loss(model, {"input_ids": ids, "labels": ids})
 
     model = base_model(work, device)
     ours, theirs = twin(model), twin(model)

@@ -158,7 +158,6 @@ def tidy_messages(level: int) -> None:
     for advice in (
         "does not have many workers",
         "exists and is not empty",
-        "have overridden `on_before_batch_transfer`",
         r"isinstance\(treespec, LeafSpec\)",
     ):
         warnings.filterwarnings("ignore", f".*{advice}.*")

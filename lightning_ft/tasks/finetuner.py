@@ -107,10 +107,6 @@ class FineTuner(L.LightningModule):
         """Let go of the base as it was, but for what is needed to know it again."""
         self._ground = None
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """See :meth:`Task.before_transfer`."""
-        return self.task.before_transfer(batch) if self.trainer.training else batch
-
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The task's loss, and the penalties'."""
         if self._ground is None:

@@ -56,6 +56,23 @@ class _Tap:
         return (self.hidden[:, :1],)
 
 
+class _Places:
+    """Where a mask is True, in a vector of it: counted while a GPU does other things, so that none waits for it."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self._in_order = mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)
+        self._count = mask.sum().to("cpu", non_blocking=True)
+        self._counted = torch.cuda.Event() if mask.is_cuda else None
+        if self._counted is not None:
+            self._counted.record()
+
+    def found(self) -> Tensor:
+        """(k,), ascending."""
+        if self._counted is not None:
+            self._counted.synchronize()
+        return self._in_order[: int(self._count)]
+
+
 @contextmanager
 def _tapped(head: nn.Linear) -> Iterator[_Tap]:
     tap = _Tap()
@@ -144,11 +161,6 @@ class LanguageTask(Task):
         losses, _ = token_losses(*self.aligned(outputs, labels))
         return losses.sum() / max(len(losses), 1)
 
-    def before_transfer(self, batch: Batch) -> Batch:
-        """With ``learned`` (learned tokens,): where they are among all labels of :meth:`aligned` as a vector."""
-        labels = batch["labels"][:, self.shift :]
-        return {**batch, "learned": (labels.reshape(-1) != IGNORED).nonzero()[:, 0]}
-
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The same without the logits: most of the memory of a step, and those of a prompt aren't needed at all.
 
@@ -159,13 +171,14 @@ class LanguageTask(Task):
         if head is None or self._plain_logits is False:
             return super().training_loss(model, batch)
         inputs, labels = inputs_and_labels(batch)
-        learned = (batch if "learned" in batch else self.before_transfer(batch))["learned"]
         self.prepare(model, inputs)
         if self._plain_logits is None:
             self._plain_logits = self._are_logits_plain(model, head, inputs)
             return self.training_loss(model, batch)
+        places = _Places(labels[:, self.shift :] != IGNORED)
         with _tapped(head) as tap:
             self.outputs(model, inputs)
+        learned = places.found()
         hidden, labels = (tensor.flatten(0, 1)[learned] for tensor in self.aligned(tap.hidden, labels))
         return linear_cross_entropy(hidden, head.weight, labels, head.bias) / max(len(learned), 1)
 

@@ -16,8 +16,8 @@ Batch = Mapping[str, Any]
 Table = tuple[list[str], list[list[Any]]]
 """Columns and rows."""
 
-NOT_INPUTS = ("labels", "extra", "learned")
-"""What of a batch the model never sees: what is to be learned and where, and what predictions need to be read."""
+NOT_INPUTS = ("labels", "extra")
+"""What of a batch the model never sees: what is to be learned, and what predictions need to be read."""
 
 
 class Task(nn.Module, ABC):
@@ -47,10 +47,6 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def loss(self, outputs: Any, labels: Any) -> Tensor:
         """A scalar, computed in fp32."""
-
-    def before_transfer(self, batch: Batch) -> Batch:
-        """A batch of training with what is better found out before it's on a GPU, for which one would have to wait."""
-        return batch
 
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of a batch in training, where nobody asks for the outputs: the same, however it's come by."""
