@@ -43,8 +43,9 @@ def dense(layer: Any) -> Tensor:
     return weight.float().clone()
 
 
-def kinds(model: nn.Module) -> list[type]:
-    return [type(module) for module in model.modules()]
+def kinds(model: nn.Module) -> list[str]:
+    """Our Linear4bit is bitsandbytes', with a forward that changes nothing of it."""
+    return [type(module).__name__ for module in model.modules()]
 
 
 def test_lora_on_4_bits_is_lora_on_the_weights_they_stand_for() -> None:
@@ -140,18 +141,13 @@ def test_a_reversible_merge_brings_the_packed_weights_back(how: dict[str, Any]) 
         each.train()(X).sum().backward()
 
 
-def test_what_reads_the_weight_itself_is_refused_on_4_bits() -> None:
-    for settings in ({"use_dora": True}, {"init_lora_weights": "pissa", "exclude_modules": ["3"]}):
-        with pytest.raises(InjectionError, match=r"compute with W itself, and '0' holds it packed"):
-            LoRA(r=2, backbone=".", target_modules="all-linear", **settings).inject(base())
-    assert LoRA(r=2, backbone=".", target_modules=["3"], use_dora=True).inject(base()) == ["3"]
-
-
-def test_weights_that_were_packed_anew_for_inference_are_refused() -> None:
-    model = base()
-    model[0].weight.quant_state.packing_format_for_cpu = True  # as a forward does on a CPU with AVX512-BF16
-    with pytest.raises(InjectionError, match="packed its 4-bit weights anew"):
-        LoRA(r=2, backbone=".", target_modules=["0"]).inject(model)
+def test_what_bitsandbytes_packed_anew_for_inference_is_taken_back() -> None:
+    model, untouched = base().eval(), base()
+    with torch.no_grad():
+        model(X)  # on a CPU with AVX512-BF16 the weights have another layout now, and can't train
+    LoRA(r=2, backbone=".", target_modules=["0"]).inject(model)
+    for name in ("0", "2"):
+        assert torch.equal(model.get_submodule(name).weight, untouched.get_submodule(name).weight)
 
 
 def test_hugging_faces_own_4_bits_merge_and_come_back(tmp_path: Any) -> None:

@@ -52,7 +52,8 @@ def finetuner(config: DictConfig, facts: Mapping[str, Any]) -> FineTuner:
     scheduler = instantiate(config.scheduler, _convert_="all")
     ratio = config.get("head_lr_ratio", 1.0)  # older runs' configs have none
     penalties = list(instantiate(config.get("regularizer") or {}, _convert_="all").values())  # older runs have none
-    return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay, ratio, penalties)
+    quantize: Any = OmegaConf.to_container(packed) if (packed := config.get("quantize")) else None  # older runs: none
+    return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay, ratio, penalties, quantize)
 
 
 def check(config: DictConfig) -> None:

@@ -37,7 +37,9 @@ from lightning_ft.injection import (
     find_base,
     injected_modules,
     is_thawed,
+    match_modules,
 )
+from lightning_ft.quantization import Quantization, count, quantize, settle
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +64,22 @@ class FineTuning(Callback, ABC):
             no mention.
         backbone: path of the pretrained base in the module; found by itself where there is just one
             Hugging Face model (see :func:`lightning_ft.injection.find_base`).
+        quantize: pack the frozen base before the method goes on: ``"nf4"``, ``"fp4"``, ``"int8"``, or
+            ``{"kind": "nf4", "double": False}`` (:mod:`lightning_ft.quantization`). It needs bitsandbytes. A base that
+            was loaded packed needs no word here.
     """
 
     # No dataclass: OmegaConf takes one that's passed through hydra's instantiate() for a config.
-    def __init__(self, modules_to_save: Sequence[str] | None = None, backbone: str | None = None) -> None:
+    def __init__(
+        self,
+        modules_to_save: Sequence[str] | None = None,
+        backbone: str | None = None,
+        quantize: str | Mapping[str, Any] | None = None,
+    ) -> None:
         self.modules_to_save = modules_to_save
         self.backbone = backbone
+        self.quantize = quantize
+        self._quantization = None if quantize is None else Quantization.of(quantize)
         self._told = False  # what injection did, once for fit, validate and test
         self._norms: list[nn.Module] = []  # frozen ones, which evaluate while a batch trains
         self._evaluated: list[nn.Module] = []  # those of them that were in training mode
@@ -89,6 +101,9 @@ class FineTuning(Callback, ABC):
     decides_alone: ClassVar[bool] = False
     """Whether it says of every parameter of the base if it trains, so that no second method can."""
 
+    trains_weights: ClassVar[bool] = False
+    """Whether it trains weights of the base's layers themselves, so that these can't be quantized."""
+
     @abstractmethod
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base and put the method into ``model``, in place. Doing it twice is doing it once.
@@ -102,6 +117,15 @@ class FineTuning(Callback, ABC):
         Raises:
             InjectionError: if the base or the targets can't be found, or were injected with other settings.
         """
+
+    def prepare(self, model: nn.Module) -> tuple[Base, list[str]]:
+        """The base that the method goes into, quantized if so asked, and what of it ``modules_to_save`` names."""
+        base = find_base(model, self.backbone)
+        saved = match_modules(base, self.modules_to_save)
+        if self._quantization is not None:
+            quantize(base, self._quantization, saved)
+        settle(base)
+        return base, saved
 
     def describe(self, model: nn.Module, names: Sequence[str]) -> str:
         """One line on what :meth:`inject` did to ``model``; ``names`` is what it returned."""
@@ -320,8 +344,8 @@ def describe(model: nn.Module, names: Sequence[str]) -> str:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """The numbers of all and of trained parameters of ``model``."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """The numbers of all and of trained parameters of ``model``; packed ones count as what they stand for."""
+    sizes = [(count(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 

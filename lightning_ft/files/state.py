@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ft.errors import UserError
-from lightning_ft.injection import Base, injected_names
+from lightning_ft.injection import Base, injected_names, is_quantized
 
 
 class StateError(UserError, RuntimeError):
@@ -74,7 +74,9 @@ def complete_state(
     Raises:
         StateError: if one of the keys ``ours``, which a method trains, has no value in ``state``.
     """
-    live = model.state_dict()
+    # Of a packed weight a state dict tells more than it loads.
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    live = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[0] in modules}
     # The rest is for strict loading to tell, after the module's own on_load_checkpoint.
     missing = sorted(key for key in ours if key not in state)
     if missing:
@@ -83,13 +85,14 @@ def complete_state(
             " It was saved from another model or without this method. To start from a bare model's checkpoint,"
             " load it into the module first (MyModule.load_from_checkpoint), then fit without ckpt_path."
         )
-    return {**{key: live[key] for key in frozen if key not in state}, **state}
+    return {**{key: live[key] for key in frozen if key not in state and key in live}, **state}
 
 
 def fingerprint(base: Base, samples: int = 64) -> dict[str, str]:
     """A short hash of the pretrained weights, to tell whether an adapter meets the base it was trained on.
 
-    Reads ``samples`` evenly spaced values of each frozen parameter, so that it costs the same for any size.
+    Reads ``samples`` evenly spaced values of each frozen parameter, so that it costs the same for any size. Packed
+    weights are left out: two devices round them differently.
 
     Returns:
         The hash, and the weights' dtypes; hashes of different dtypes can't be compared.
@@ -100,11 +103,13 @@ def fingerprint(base: Base, samples: int = 64) -> dict[str, str]:
         for name, parameter in base.root.get_submodule(part).named_parameters(prefix=part):
             if parameter.requires_grad or name in added or parameter.is_meta:
                 continue
+            dtypes.add(str(parameter.dtype))
+            if is_quantized(base.root.get_submodule(name.rpartition(".")[0])) and name.endswith(".weight"):
+                continue
             flat = parameter.detach().flatten()
             index = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
             values: Tensor = flat[index.to(flat.device)].float().cpu()
             digest.update(name.encode() + values.numpy().tobytes())
-            dtypes.add(str(parameter.dtype))
     return {"sha256": digest.hexdigest(), "dtypes": " ".join(sorted(dtypes))}
 
 

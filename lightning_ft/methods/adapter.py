@@ -52,7 +52,6 @@ from lightning_ft.injection import (
     injected_modules,
     is_conv1d,
     layer_numbers,
-    match_modules,
     resolve_targets,
 )
 
@@ -290,7 +289,7 @@ class Adapter(FineTuning):
             an encoder-decoder: of each stack) are left out, k drawn anew from 0 to this. So trained, a model does
             without them (:func:`drop_adapters`). A batch then leaves parameters without a gradient: under DDP use
             ``strategy="ddp_find_unused_parameters_true"``.
-        modules_to_save, backbone: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range, or both ``bottleneck`` and ``reduction_factor``.
@@ -316,8 +315,9 @@ class Adapter(FineTuning):
         adapter_drop: int = 0,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
+        quantize: str | Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(modules_to_save, backbone)
+        super().__init__(modules_to_save, backbone, quantize)
         check_choice("Adapter: placement", placement, get_args(Placement))
         check_choice("Adapter: non_linearity", non_linearity, _NON_LINEARITIES)
         if bottleneck is not None and reduction_factor is not None:
@@ -340,8 +340,7 @@ class Adapter(FineTuning):
 
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base and put adapters into it; see :meth:`FineTuning.inject`."""
-        base = find_base(model, self.backbone)
-        saved = match_modules(base, self.modules_to_save)
+        base, saved = self.prepare(model)
         targets = self.target_modules
         if targets is None:
             inside_saved = tuple(f"{name}." for name in saved)

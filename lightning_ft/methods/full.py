@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_ft.callbacks.finetuning import FineTuning
-from lightning_ft.injection import find_base, refuse_injected, thaw, unfreeze
+from lightning_ft.injection import find_base, refuse_injected, refuse_packed, thaw, unfreeze
 
 
 class FullFineTuning(FineTuning):
@@ -22,11 +22,13 @@ class FullFineTuning(FineTuning):
 
     peft_type: ClassVar[str] = "PARTIAL"
     decides_alone: ClassVar[bool] = True
+    trains_weights: ClassVar[bool] = True
 
     def inject(self, model: nn.Module) -> list[str]:
         """Unfreeze the base; see :meth:`FineTuning.inject`."""
         base = find_base(model, self.backbone)
         refuse_injected(base, "FullFineTuning")
+        refuse_packed(base, [name for name, _ in base.named_parameters()], "FullFineTuning")
         thaw(base.root)
         unfreeze(base.parts())
         return []

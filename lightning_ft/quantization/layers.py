@@ -1,0 +1,142 @@
+"""Frozen linear layers in 4 and 8 bits.
+
+Needs bitsandbytes: whoever imports this does so inside the function that needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes import matmul_4bit
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit as Linear4bitOfBitsandbytes
+from bitsandbytes.nn import Params4bit
+from torch import Tensor, nn
+
+
+class Linear4bit(Linear4bitOfBitsandbytes):
+    """bitsandbytes' own, with a forward that changes nothing of the layer.
+
+    The original casts a bias in place to the dtype that it computes in, sums a bias' gradient over the rows alone, and
+    packs its weight anew in eval mode on CPUs with AVX512-BF16, after which it can't train.
+
+    It computes in the dtype of autocast where that is on, in ``compute_dtype`` where one was set, else in its input's.
+    """
+
+    own = ("compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu")
+    """The attributes that an ``nn.Linear`` hasn't."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        autocast = _autocast_dtype(x)
+        dtype = autocast or self.compute_dtype or x.dtype
+        out: Tensor = matmul_4bit(x.to(dtype), self.weight, quant_state=self.weight.quant_state)
+        return _plus(out, self.bias).to(autocast or x.dtype)
+
+    def dense(self) -> Tensor:
+        """The weight that the packed one stands for: (out, in), in the dtype that it was quantized from."""
+        return _dense(self.weight)
+
+    def pack(self, dense: Tensor) -> dict[str, Any]:
+        """What of the layer holds a weight, were it ``dense`` (out, in), packed as its own is."""
+        state = self.weight.quant_state
+        kind = {"blocksize": state.blocksize, "compress_statistics": state.nested, "quant_type": state.quant_type}
+        return packed_4bit(dense.to(state.dtype), quant_storage=self.weight.quant_storage, **kind)
+
+    @staticmethod
+    def unpack(packed: dict[str, Any]) -> Tensor:
+        """The weight that :meth:`pack` packed."""
+        return _dense(packed["weight"])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self.weight.quant_state.dtype = _dtype_after(fn, self.weight.quant_state.dtype, self.weight.device)
+        return self
+
+
+class Linear8bit(nn.Linear):
+    """A weight of int8, with a scale for each output: ``W[i] = SCB[i] / 127 * weight[i]`` (LLM.int8(), section 2.1).
+
+    https://arxiv.org/abs/2208.07339. Inputs are not rounded, so that training and evaluation compute the same.
+    """
+
+    own = ("SCB", "dense_dtype")
+    SCB: Tensor  # (out,)
+    dense_dtype: torch.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        out: Tensor = _Linear8bit.apply(x.to(_autocast_dtype(x) or x.dtype), self.weight, self.SCB)
+        return _plus(out, self.bias)
+
+    def dense(self) -> Tensor:
+        """The weight that the packed one stands for: (out, in), in the dtype that it was quantized from."""
+        return _unpacked(self.weight.detach(), self.SCB, self.dense_dtype)
+
+    def pack(self, dense: Tensor) -> dict[str, Any]:
+        """What of the layer holds a weight, were it ``dense`` (out, in)."""
+        return packed_8bit(dense, self.dense_dtype)
+
+    @staticmethod
+    def unpack(packed: dict[str, Any]) -> Tensor:
+        """The weight that :meth:`pack` packed."""
+        return _unpacked(packed["weight"].detach(), packed["SCB"], torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        scale = self.SCB  # moves between devices, and isn't rounded
+        super()._apply(fn, recurse)
+        self.SCB = scale.to(self.SCB.device)
+        self.dense_dtype = _dtype_after(fn, self.dense_dtype, scale.device)
+        return self
+
+
+class _Linear8bit(torch.autograd.Function):
+    """``x Wᵀ``, which keeps nothing for the backward pass but the packed weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, _unpacked(weight, scale, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, scale = ctx.saved_tensors
+        return grad @ _unpacked(weight, scale, grad.dtype), None, None
+
+
+def packed_4bit(dense: Tensor, **kind: Any) -> dict[str, Any]:
+    """What a :class:`Linear4bit` holds of a weight; ``kind`` is that of bitsandbytes' ``Params4bit``."""
+    weight = Params4bit(dense, requires_grad=False, **kind).to(dense.device)
+    return {"weight": weight, "quant_state": weight.quant_state}
+
+
+def packed_8bit(dense: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """What a :class:`Linear8bit` holds of a weight (out, in)."""
+    scale = dense.detach().abs().amax(dim=1).float().clamp(min=torch.finfo(torch.float32).tiny)
+    levels = (dense.detach().float() * (127 / scale)[:, None]).round().to(torch.int8)
+    return {"weight": nn.Parameter(levels, requires_grad=False), "SCB": scale, "dense_dtype": dtype}
+
+
+def _dense(weight: Any) -> Tensor:
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
+def _unpacked(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (weight * (scale / 127)[:, None]).to(dtype)
+
+
+def _dtype_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What ``fn``, which a module applies to its tensors, makes of ``dtype``."""
+    return fn(torch.empty(0, dtype=dtype, device=device)).dtype
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _plus(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out + bias.to(out.dtype)
