@@ -48,7 +48,7 @@ def train(config: DictConfig) -> float:
     from lightning.pytorch.loggers import CSVLogger
 
     from lightning_ft import save_adapter
-    from lightning_ft.apps import build, latency, report, runs
+    from lightning_ft.apps import build, latency, precision, report, runs
     from lightning_ft.apps.check import before_training
     from lightning_ft.reporting import log_figure, log_folder
 
@@ -56,6 +56,8 @@ def train(config: DictConfig) -> float:
     runs.refuse_used(folder)
     build.check(config)
     config.optimizer.lr = build.rate(config, name)
+    for advice in precision.advice(config):
+        log.warning(advice)
     log.info("Base: %s", config.model.name)  # before the data, whose tokenizer is the model's
     data, curve = build.datamodule(config), None
     if config.check.before_training:

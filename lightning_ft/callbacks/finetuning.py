@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from itertools import compress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
@@ -101,8 +101,8 @@ class FineTuning(Callback, ABC):
     decides_alone: ClassVar[bool] = False
     """Whether it says of every parameter of the base if it trains, so that no second method can."""
 
-    trains_weights: ClassVar[bool] = False
-    """Whether it trains weights of the base's layers themselves, so that these can't be quantized."""
+    trains_of_base: ClassVar[Literal["nothing", "vectors", "weights"]] = "nothing"
+    """What of the base's own it trains by itself: its vectors (biases, norms), or its weights, which packed can't."""
 
     @abstractmethod
     def inject(self, model: nn.Module) -> list[str]:

@@ -39,6 +39,7 @@ class BitFit(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PARTIAL"
+    trains_of_base = "vectors"
 
     def __init__(
         self,

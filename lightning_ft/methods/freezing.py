@@ -55,7 +55,7 @@ class TopLayers(FineTuning):
 
     peft_type: ClassVar[str] = "PARTIAL"
     decides_alone: ClassVar[bool] = True
-    trains_weights: ClassVar[bool] = True
+    trains_of_base = "weights"
 
     def __init__(
         self, k: int = 2, *, modules_to_save: Sequence[str] | None = None, backbone: str | None = None
@@ -94,7 +94,7 @@ class GradualUnfreezing(FineTuning):
 
     peft_type: ClassVar[str] = "PARTIAL"
     decides_alone: ClassVar[bool] = True
-    trains_weights: ClassVar[bool] = True
+    trains_of_base = "weights"
 
     def __init__(
         self,

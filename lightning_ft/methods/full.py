@@ -22,7 +22,7 @@ class FullFineTuning(FineTuning):
 
     peft_type: ClassVar[str] = "PARTIAL"
     decides_alone: ClassVar[bool] = True
-    trains_weights: ClassVar[bool] = True
+    trains_of_base = "weights"
 
     def inject(self, model: nn.Module) -> list[str]:
         """Unfreeze the base; see :meth:`FineTuning.inject`."""

@@ -79,6 +79,7 @@ class LanguageTask(Task):
         ValueError: for a number out of its range.
     """
 
+    new_head = False
     tables_after = ("val", "test")
     shift: ClassVar[int]
     """How many places behind the logits of a token its label is."""

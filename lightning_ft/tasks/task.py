@@ -32,6 +32,9 @@ class Task(nn.Module, ABC):
     plain: ClassVar[bool] = True
     """Whether model and head are one Hugging Face model, which others load."""
 
+    new_head: ClassVar[bool] = True
+    """Whether it trains a head that wasn't pretrained."""
+
     likelihood_factor: float = 1.0
     """The negative log likelihood, where the noise is 1, over the loss: 1/2 for a squared error."""
 
