@@ -129,6 +129,7 @@ def tidy_messages(level: int) -> None:
 
     Among it the advice to use worker processes: texts are tokenised beforehand, and those would only cost.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels to be downloaded
     logging.getLogger("lightning").handlers.clear()  # it passes them on to the root's handlers as well
     messages = logging.getLogger("lightning.pytorch")
     messages.setLevel(level)

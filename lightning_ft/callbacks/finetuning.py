@@ -39,7 +39,7 @@ from lightning_ft.injection import (
     is_thawed,
     match_modules,
 )
-from lightning_ft.quantization import Quantization, count, quantize, settle
+from lightning_ft.quantization import Quantization, count, pack, settle
 
 log = logging.getLogger(__name__)
 
@@ -122,9 +122,10 @@ class FineTuning(Callback, ABC):
         """The base that the method goes into, quantized if so asked, and what of it ``modules_to_save`` names."""
         base = find_base(model, self.backbone)
         saved = match_modules(base, self.modules_to_save)
-        if self._quantization is not None:
-            quantize(base, self._quantization, saved)
-        settle(base)
+        if self._quantization is None:
+            settle(base)
+        else:
+            pack(base, self._quantization, saved)
         return base, saved
 
     def describe(self, model: nn.Module, names: Sequence[str]) -> str:

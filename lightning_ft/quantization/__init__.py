@@ -97,7 +97,21 @@ class Quantization:
 # --------------------------------------------------------------------------------------------- packing a base
 
 
-def quantize(base: Base, how: Quantization, saved: Iterable[str] = ()) -> None:
+def quantize(model: nn.Module, how: str | Mapping[str, Any], backbone: str | None = None) -> None:
+    """Pack the linear layers of a model's pretrained part in place, e.g. to load an adapter that was trained over such.
+
+    Args:
+        model: any module.
+        how: ``"nf4"``, ``"fp4"``, ``"int8"``, or ``{"kind": "nf4", "double": False}``.
+        backbone: path of the pretrained part; found by itself where there is just one Hugging Face model.
+
+    Raises:
+        QuantizationError, InjectionError: as of :func:`pack`.
+    """
+    pack(find_base(model, backbone), Quantization.of(how))
+
+
+def pack(base: Base, how: Quantization, saved: Iterable[str] = ()) -> None:
     """Pack the linear layers of ``base`` in place, one at a time; what is packed already stays so.
 
     Args:
@@ -110,6 +124,7 @@ def quantize(base: Base, how: Quantization, saved: Iterable[str] = ()) -> None:
         InjectionError: if the base is packed otherwise already, or carries something over dense weights.
     """
     how.require()
+    settle(base)
     packed = {name: module for name, module in base.named_modules() if is_quantized(module)}
     other = next((name for name, module in packed.items() if not how.matches(module)), None)
     if other is not None:
@@ -126,6 +141,7 @@ def quantize(base: Base, how: Quantization, saved: Iterable[str] = ()) -> None:
             f" into {how.kind}."
         )
     for name in names:
+        leave_fast_path(base.root, name)
         _become_packed(base.root.get_submodule(name), how)
 
 
@@ -137,7 +153,7 @@ def _nothing_to_pack(root: nn.Module, how: Quantization) -> QuantizationError:
 
 
 def to_pack(base: Base, saved: Iterable[str] = ()) -> list[str]:
-    """The paths, in the root of ``base``, of the dense layers that :func:`quantize` packs.
+    """The paths, in the root of ``base``, of the dense layers that :func:`pack` packs.
 
     Plain linear layers that stay frozen and whose own forward is what reads their weight.
     """
@@ -323,8 +339,7 @@ def load_quantized(auto_class: Any, name: str, how: Quantization, **kwargs: Any)
     for _, module in base.named_modules():
         if "compute_dtype" in vars(module):
             vars(module)["compute_dtype"] = None  # the Trainer's counts, not a default
-    settle(base)
-    quantize(base, how)
+    pack(base, how)
     return model
 
 
