@@ -5,6 +5,8 @@ Needs bitsandbytes: whoever imports this does so inside the function that needs 
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +35,10 @@ class Linear4bit(Linear4bitOfBitsandbytes):
         """(..., in) to (..., out)."""
         autocast = _autocast_dtype(x)
         dtype = autocast or self.compute_dtype or x.dtype
-        out: Tensor = matmul_4bit(x.to(dtype), self.weight, quant_state=self.weight.quant_state)
+        if _misread(self.weight):
+            out = _Linear.apply(x.to(dtype), self)
+        else:
+            out = matmul_4bit(x.to(dtype), self.weight, quant_state=self.weight.quant_state)
         return _plus(out, self.bias).to(autocast or x.dtype)
 
     def dense(self) -> Tensor:
@@ -69,8 +74,7 @@ class Linear8bit(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        out: Tensor = _Linear8bit.apply(x.to(_autocast_dtype(x) or x.dtype), self.weight, self.SCB)
-        return _plus(out, self.bias)
+        return _plus(_Linear.apply(x.to(_autocast_dtype(x) or x.dtype), self), self.bias)
 
     def dense(self) -> Tensor:
         """The weight that the packed one stands for: (out, in), in the dtype that it was quantized from."""
@@ -93,18 +97,17 @@ class Linear8bit(nn.Linear):
         return self
 
 
-class _Linear8bit(torch.autograd.Function):
-    """``x Wᵀ``, which keeps nothing for the backward pass but the packed weight."""
+class _Linear(torch.autograd.Function):
+    """``x Wᵀ`` with the W that a packed layer stands for, of which nothing is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return F.linear(x, _unpacked(weight, scale, x.dtype))
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dense().to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        weight, scale = ctx.saved_tensors
-        return grad @ _unpacked(weight, scale, grad.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dense().to(grad.dtype), None
 
 
 def packed_4bit(dense: Tensor, **kind: Any) -> dict[str, Any]:
@@ -120,8 +123,17 @@ def packed_8bit(dense: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     return {"weight": nn.Parameter(levels, requires_grad=False), "SCB": scale, "dense_dtype": dtype}
 
 
+def _misread(weight: Any) -> bool:
+    """Whether bitsandbytes (0.50, on CPUs with AVX512) would take wrong scales where a block reaches into two rows."""
+    return weight.device.type == "cpu" and weight.quant_state.shape[-1] % weight.quant_state.blocksize != 0
+
+
 def _dense(weight: Any) -> Tensor:
-    return dequantize_4bit(weight.data, weight.quant_state)
+    if not _misread(weight):
+        return dequantize_4bit(weight.data, weight.quant_state)
+    in_a_row = copy.copy(weight.quant_state)
+    in_a_row.shape = torch.Size((1, math.prod(in_a_row.shape)))
+    return dequantize_4bit(weight.data, in_a_row).view(weight.quant_state.shape)
 
 
 def _unpacked(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
