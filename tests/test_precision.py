@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from foreign import BertInInit, make, trainer
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 from test_contract import METHODS, acts_on_weights_alone, output
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_ft
-from lightning_ft import InjectionError
+from lightning_ft import InjectionError, LoRA
 from lightning_ft.apps.paths import conf_dir
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.files.state import frozen_keys
@@ -119,3 +121,64 @@ def test_fit_validate_resume_save_load_and_merge(name: str, kind: str, tmp_path:
     assert [type(part) for part in module.modules()] == [type(part) for part in make(BertInInit).modules()]
     assert list(module.state_dict()) == list(make(BertInInit).state_dict())
     torch.testing.assert_close(output(module), wanted, **close)
+
+
+@pytest.mark.parametrize("of_trainer", ["32-true", "bf16-mixed", "bf16-true"])
+def test_small_steps_are_not_lost(of_trainer: str) -> None:
+    """In bf16 0.05 less 1e-4 is 0.05; 50 such steps of AdamW take what is kept in fp32 to 0.045."""
+
+    class Falling(BertInInit):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return 0 * self.outputs(batch[0]).sum() + sum(p.sum() for p in trained(self))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=1e-4)
+
+    def trained(module: Any) -> list[Any]:
+        return [module.get_parameter(name) for name in injected_names(module)]
+
+    module = make(Falling)
+    lora = METHODS["lora"]
+    lora.inject(module)
+    for parameter in trained(module):
+        torch.nn.init.constant_(parameter, 0.05)
+    trainer(copy.copy(lora), precision=of_trainer, max_epochs=-1, max_steps=50, limit_val_batches=0).fit(module)
+    for parameter in trained(module):
+        torch.testing.assert_close(parameter, torch.full_like(parameter, 0.045), atol=2e-4, rtol=0)
+    kept_in_bf16 = torch.nn.Parameter(torch.tensor([0.05], dtype=torch.bfloat16))
+    steps = torch.optim.Adam([kept_in_bf16], lr=1e-4)
+    for _ in range(50):
+        kept_in_bf16.grad = torch.ones_like(kept_in_bf16)
+        steps.step()
+    assert kept_in_bf16.item() == pytest.approx(0.05, abs=2e-4), "the trap"
+
+
+def test_bf16_and_packed_bases_learn_as_fp32_does() -> None:
+    """Over 100 steps of LoRA on a language model whose words follow one another."""
+    rows = (torch.arange(8)[:, None] + 3 * torch.arange(12)) % 37 + 1
+
+    class Model(BertInInit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny.llama_lm(hidden_size=64, intermediate_size=128).train()
+            self.losses: list[float] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = self.model(input_ids=batch[0], labels=batch[0]).loss
+            self.losses.append(loss.item())
+            return loss
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(TensorDataset(rows), batch_size=8)
+
+    losses = {}
+    for kind in ("fp32", "bf16-mixed", "bf16", "nf4"):
+        of_trainer, packing = precision(kind)
+        module, lora = make(Model), LoRA(r=8, quantize=packing)
+        run = trainer(lora, precision=of_trainer, max_epochs=-1, max_steps=100, limit_val_batches=0)
+        run.fit(module)
+        losses[kind] = torch.tensor(module.losses)
+    assert losses["fp32"][-10:].mean() < 0.8 * losses["fp32"][0]
+    for kind in ("bf16-mixed", "bf16"):
+        assert (losses[kind] / losses["fp32"] - 1).abs().max() < 0.02, kind
+    assert losses["nf4"][-10:].mean() < 1.02 * losses["fp32"][-10:].mean()

@@ -56,7 +56,7 @@ def main(config: DictConfig) -> None:
             raise RequestError(
                 f"{error} Export it, and load it over its base: lightning-ft export run={run} out={out}"
             ) from error
-        dense = dequantize(module.model)  # what no adapter was on; a plain model needs no bitsandbytes
+        dequantize(module.model)  # what no adapter was on; a plain model needs no bitsandbytes
         parameters, _ = count_parameters(module)
         facts = runs.card_facts(settings, runs.load_results(folder))
         card = model_card(peft.describe_base(module.model), parameters, "transformers", facts)
@@ -73,7 +73,8 @@ def main(config: DictConfig) -> None:
                 f" kept in {kind}, and what is added to them is rounded to that."
                 " If it will do: tolerance=1."
             )
-    was = f", which was packed into {settings.quantize.kind}, made dense" if dense else ""
+    packed = settings.get("quantize")
+    was = f", dense where the run had them packed into {packed.kind}" if packed else ""
     compared = f"on {rows:,} test rows no {module.task.compared} differs by more than {_up(change):.1g}"
     report.console.print(
         f"{folder} is merged in {out}: {type(module.model).__name__}, {parameters:,} parameters{was};"
