@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lightning_ft.bank import AdapterBank
     from lightning_ft.callbacks.averaging import Averaging
     from lightning_ft.callbacks.best import BestCheckpoint
+    from lightning_ft.callbacks.checkpointing import GradientCheckpointing
+    from lightning_ft.callbacks.compile import Compile
+    from lightning_ft.callbacks.doctor import Doctor
     from lightning_ft.callbacks.efficiency import Efficiency
     from lightning_ft.callbacks.finetuning import FineTuning
     from lightning_ft.callbacks.overfit import Overfitting
@@ -60,11 +63,14 @@ _HOMES = {
     "BitFit": "lightning_ft.methods.bitfit",
     "CausalLM": "lightning_ft.tasks.language",
     "Classification": "lightning_ft.tasks.classification",
+    "Compile": "lightning_ft.callbacks.compile",
+    "Doctor": "lightning_ft.callbacks.doctor",
     "EWC": "lightning_ft.tasks.penalties.ewc",
     "Efficiency": "lightning_ft.callbacks.efficiency",
     "FineTuner": "lightning_ft.tasks.finetuner",
     "FineTuning": "lightning_ft.callbacks.finetuning",
     "FullFineTuning": "lightning_ft.methods.full",
+    "GradientCheckpointing": "lightning_ft.callbacks.checkpointing",
     "GradualUnfreezing": "lightning_ft.methods.freezing",
     "HeadOnly": "lightning_ft.methods.head",
     "IA3": "lightning_ft.methods.ia3",
@@ -110,6 +116,7 @@ __all__ = [  # noqa: RUF022 - by use
     "FineTuner", "Classification", "MultiTask", "TextDataModule", "MultiTaskDataModule", "Efficiency",
     "TokenClassification", "Tags", "MultiLabelClassification", "Ordinal", "Regression", "CausalLM", "Seq2SeqLM",
     "Penalty", "L2", "L2SP", "EWC", "KL", "Replay", "Retention", "Overfitting", "Averaging", "BestCheckpoint",
+    "GradientCheckpointing", "Compile", "Doctor",
 ]  # fmt: skip
 
 

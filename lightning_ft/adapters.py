@@ -11,7 +11,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]
+    rank_zero_info,
+    rank_zero_only,
+    rank_zero_warn,
+)
 from torch import Tensor, nn
 
 from lightning_ft.callbacks.checkpoint_io import METADATA, complete_checkpoint
@@ -19,7 +23,7 @@ from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.errors import UserError
 from lightning_ft.files import peft
 from lightning_ft.files.card import Facts, pools_prompt
-from lightning_ft.files.state import StateError, frozen_keys, trained_state
+from lightning_ft.files.state import StateError, frozen_keys, gathered, is_shared_out, trained_state, whole
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -34,8 +38,10 @@ from lightning_ft.injection import (
     injected_modules,
     injected_names,
     is_quantized,
+    plain,
     remembering,
     thaw,
+    with_values,
 )
 from lightning_ft.methods.adalora import AdaLoRA
 from lightning_ft.methods.adapter import Adapter
@@ -66,6 +72,8 @@ def save_adapter(
 ) -> Path:
     """Write what was trained, with its head, in PEFT's format (:mod:`lightning_ft.files.peft`).
 
+    Of several processes the first one writes; where they share parameters out (FSDP2, ZeRO-3), all must call it.
+
     Args:
         model: the LightningModule, or the Hugging Face model in it.
         directory: where; made if it doesn't exist.
@@ -81,24 +89,33 @@ def save_adapter(
         ValueError: if ``card`` has a key that there is no place for.
     """
     base = find_base(model, backbone)
-    trained = trained_state(model.state_dict(), frozen_keys(model, base) | _keys_of_others(model, base))
+    with gathered(model):
+        config, tensors = _collected(model, base)
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        return peft.write(directory, config, tensors, card) if first else Path(directory)
+
+
+def _collected(model: nn.Module, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of an adapter's files."""
+    state = trained_state(model.state_dict(), frozen_keys(model, base) | _keys_of_others(model, base))
+    trained = {key: whole(value) for key, value in state.items()}
     if not trained:
         raise InjectionError("There is nothing to save: no parameter of the model trains. Inject a method first.")
-    fields, added = _method_fields(base), injected_names(model)
+    fields, added = _method_fields(base), {plain(name) for name in injected_names(model)}
     rooms = _rooms(fields)
     inside = _inside(rooms)
     described = peft.describe_base(base.root, needs_task=inside != peft.INSIDE)
-    config = {**described, **fields, "modules_to_save": _trained_whole(base)}
+    config = _plain({**described, **fields, "modules_to_save": _trained_whole(base)})
     tensors = {_file_name(base, key, inside): value for key, value in trained.items() if key not in added}
     for room in rooms:
         for path, layer in _carrying(base, room.peft_type).items():
             for mixin in layer._mixins:
                 if mixin.method == room.peft_type:
-                    values = mixin.in_files(layer).items()
-                    tensors |= {mixin.file_key(room.inside, path, name): value for name, value in values}
+                    values = mixin.in_files(with_values(layer, whole)).items()
+                    tensors |= {mixin.file_key(room.inside, plain(path), name): value for name, value in values}
     # Stock PEFT looks for each of modules_to_save under its own name; what only we read is written once.
     tensors = {key: value.clone() for key, value in tensors.items()} if rooms else _without_ties(tensors)
-    return peft.write(directory, config, tensors, card)
+    return config, tensors
 
 
 def load_adapter(model: nn.Module, directory: str | Path, backbone: str | None = None) -> None:
@@ -133,7 +150,7 @@ def inject_from_folder(
     """
     config, tensors = peft.read(directory)
     base = find_base(model, backbone)
-    modules = [f".{name}" for name, _ in base.root.named_modules()]  # PEFT names heads that a model may not have
+    modules = [f".{plain(name)}" for name, _ in base.root.named_modules()]  # PEFT names heads that a model may not have
     saved = [name for name in config.get("modules_to_save") or () if any(m.endswith(f".{name}") for m in modules)]
     with all_or_nothing(model):
         rooms = _rooms(config, f"'{directory}'")
@@ -145,7 +162,7 @@ def inject_from_folder(
             methods.append(room.from_peft(fields, _targets(room, tensors, base, directory), saved, backbone))
             methods[-1].inject(model)
         if not rooms:
-            held = [name for name, _ in base.named_parameters() if f"{peft.INSIDE}{name}" in tensors]
+            held = [name for name, _ in base.named_parameters() if f"{peft.INSIDE}{plain(name)}" in tensors]
             freeze_base(base, "PARTIAL", parameters=held)
         # A method may come back as another: P-tuning as the prompt that it computed.
         places = _places(model, base, tensors, [type(method) for method in methods], directory)
@@ -176,9 +193,14 @@ def merge(model: nn.Module, *, reversible: bool = False, dequantize: bool = Fals
     Raises:
         NotImplementedError: if a method in the model can't be merged, or not into a linear layer whose forward isn't
             ``W x + b``; the model is then left as it was.
-        InjectionError: if the drift is above ``max_drift``; the model is then left as it was.
+        InjectionError: if the drift is above ``max_drift``, or the model is sharded; it is then left as it was.
     """
     layers = list(injected_modules(model))
+    if is_shared_out(model):
+        raise InjectionError(
+            "A model that processes share out (FSDP2, ZeRO-3) can't be merged: save_adapter() what was trained, and"
+            " merge after load_adapter() into a whole one."
+        )
     for name, layer in layers:
         for mixin in layer._mixins:
             mixin.check_mergeable(name or type(model).__name__)
@@ -365,7 +387,7 @@ def _report_drift(rounding: Sequence[tuple[float, float]], max_drift: float) -> 
 
 
 def _file_name(base: Base, key: str, inside: str) -> str:
-    prefix = f"{base.root_name}." if base.root_name else ""
+    prefix = f"{plain(base.root_name)}.".lstrip(".")
     if not key.startswith(prefix):
         return f"{peft.OUTSIDE}{key}"
     path, _, own = key.removeprefix(prefix).rpartition(".")
@@ -373,6 +395,15 @@ def _file_name(base: Base, key: str, inside: str) -> str:
     mixins = getattr(base.root.get_submodule(path), "_mixins", ())
     wrapped = any(mixin.acts_on != "inputs" for mixin in mixins)
     return f"{inside}{path}{peft.OF_BASE}{own}" if wrapped else f"{inside}{key.removeprefix(prefix)}"
+
+
+def _plain(value: Any) -> Any:
+    """A config's values with the names of modules as they'd be if none were compiled."""
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, Sequence) else value
 
 
 def _keys_of_others(model: nn.Module, base: Base) -> set[str]:
@@ -386,7 +417,7 @@ def _keys_of_others(model: nn.Module, base: Base) -> set[str]:
 def _own_name(base: Base, file_name: str, inside: str) -> str:
     if file_name.startswith(peft.OUTSIDE):
         return file_name.removeprefix(peft.OUTSIDE)
-    return base.prefixed(file_name.removeprefix(inside).replace(peft.OF_BASE, "."))
+    return plain(base.prefixed(file_name.removeprefix(inside).replace(peft.OF_BASE, ".")))
 
 
 def _carrying(base: Base, kind: str) -> dict[str, Any]:
@@ -462,7 +493,7 @@ def _untie(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 owners = sharing.setdefault(parameter, {})
-                owners[module, key] = values.get(f"{path}.{key}".lstrip("."), owners.get((module, key)))
+                owners[module, key] = values.get(plain(f"{path}.{key}".lstrip(".")), owners.get((module, key)))
     for parameter, owners in sharing.items():
         given = [value for value in owners.values() if value is not None]
         if len(given) < len(owners) or any(not torch.equal(value, given[0]) for value in given):
@@ -491,7 +522,11 @@ def _targets(room: type[FineTuning], tensors: Mapping[str, Tensor], base: Base, 
     """The modules that the tensors of an adapter belong to, as paths in the root."""
     paths = [name for name, _ in base.root.named_modules()]
     names = [(layer, name) for layer in room.layers for name in layer.adds.values()]
-    found = [path for path in paths if any(layer.file_key(room.inside, path, name) in tensors for layer, name in names)]
+    found = [
+        path
+        for path in paths
+        if any(layer.file_key(room.inside, plain(path), name) in tensors for layer, name in names)
+    ]
     if not found:
         raise StateError(
             f"'{directory}' adapts no module of {type(base.root).__name__}: it was made for another model. It holds"
@@ -510,7 +545,7 @@ def _places(
     """Each of an adapter's tensors, its name first, with the one of the model that takes its value."""
     inside = _inside(rooms)
     own_names = {
-        mixin.file_key(room.inside, path, file_name): base.prefixed(f"{path}.{key}".lstrip("."))
+        mixin.file_key(room.inside, plain(path), file_name): base.prefixed(f"{path}.{key}".lstrip("."))
         for room in rooms
         for path, layer in _carrying(base, room.peft_type).items()
         for mixin in layer._mixins
@@ -518,12 +553,14 @@ def _places(
         for key, file_name in mixin.adds.items()
     }
     live = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+    names = {plain(key): key for key in live}
     missing = [file_name for file_name in own_names if file_name not in tensors]
     if missing:
         raise StateError(f"'{directory}' is incomplete: it holds no {', '.join(missing[:3])}.")
     places = []
     for file_name, tensor in tensors.items():
-        key = own_names.get(file_name) or _own_name(base, file_name, inside)
+        own = _own_name(base, file_name, inside)
+        key = own_names.get(file_name) or names.get(own, own)
         if key not in live:
             raise StateError(
                 f"'{directory}' holds {file_name}, and {type(model).__name__} has no '{key}': it was made for"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -83,23 +85,19 @@ def scale_rates(optimizer: Optimizer) -> Optimizer:
 
 def linear(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -> LambdaLR:
     """Rise to the rate over ``warmup``, then fall to 0 in a straight line. ``warmup``: see :func:`warmup_steps`."""
-    from transformers import get_linear_schedule_with_warmup
-
-    return get_linear_schedule_with_warmup(optimizer, warmup_steps(warmup, total_steps), total_steps)
+    warm = warmup_steps(warmup, total_steps)
+    return _warmed(optimizer, warm, lambda step: 1 - _progress(step, total_steps - warm))
 
 
 def cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -> LambdaLR:
     """Rise to the rate over ``warmup``, then fall to 0 along half a cosine. ``warmup``: see :func:`warmup_steps`."""
-    from transformers import get_cosine_schedule_with_warmup
-
-    return get_cosine_schedule_with_warmup(optimizer, warmup_steps(warmup, total_steps), total_steps)
+    warm = warmup_steps(warmup, total_steps)
+    return _warmed(optimizer, warm, lambda step: (1 + math.cos(math.pi * _progress(step, total_steps - warm))) / 2)
 
 
 def constant(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -> LambdaLR:
     """Rise to the rate over ``warmup`` and stay. ``warmup``: see :func:`warmup_steps`."""
-    from transformers import get_constant_schedule_with_warmup
-
-    return get_constant_schedule_with_warmup(optimizer, warmup_steps(warmup, total_steps))
+    return _warmed(optimizer, warmup_steps(warmup, total_steps), lambda _: 1.0)
 
 
 def inverse_sqrt(optimizer: Optimizer, total_steps: int, warmup: float = 0.0, timescale: int | None = None) -> LambdaLR:
@@ -114,9 +112,9 @@ def inverse_sqrt(optimizer: Optimizer, total_steps: int, warmup: float = 0.0, ti
         warmup: see :func:`warmup_steps`.
         timescale: T in steps; by default w, without warm-up 10,000.
     """
-    from transformers import get_inverse_sqrt_schedule
-
-    return get_inverse_sqrt_schedule(optimizer, warmup_steps(warmup, total_steps), timescale)
+    warm = warmup_steps(warmup, total_steps)
+    scale = timescale or warm or 10_000
+    return _warmed(optimizer, warm, lambda step: math.sqrt(scale / (step + scale)))
 
 
 def one_cycle(
@@ -168,3 +166,14 @@ def warmup_steps(warmup: float, total_steps: int) -> int:
     if warmup > total_steps:
         raise RateError(f"warmup={int(warmup)} steps is longer than the training of {total_steps} steps.")
     return round(warmup * total_steps) if warmup < 1 else int(warmup)
+
+
+# Those of transformers are the same, but to import them is to import its Trainer, PEFT and bitsandbytes: seconds, and
+# a line of advice about 4-bit kernels.
+def _warmed(optimizer: Optimizer, warm: int, after: Callable[[int], float]) -> LambdaLR:
+    """A straight rise to the rate over ``warm`` steps; from there on ``after`` of the steps since, times the rate."""
+    return LambdaLR(optimizer, lambda step: step / warm if step < warm else after(step - warm))
+
+
+def _progress(step: int, steps: int) -> float:
+    return min(1.0, step / max(1, steps))

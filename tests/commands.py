@@ -47,6 +47,25 @@ class Answer:
         return messages[0]
 
 
+@dataclass(frozen=True)
+class Made:
+    """What a command that was run once for many tests answered, and wrote to ``runs/NAME`` below ``home``."""
+
+    home: Path
+    answer: Answer
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """What it wrote."""
+        return self.home / "runs" / self.name
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """``NAME.json`` there."""
+        return json.loads((self.folder / f"{self.name}.json").read_text(encoding="utf-8"))
+
+
 def call(*arguments: object, cwd: Path | None = None) -> Answer:
     """Run ``lightning-ft ARGUMENTS`` in this process, and put back what it changes there."""
     out, err = io.StringIO(), io.StringIO()

@@ -8,16 +8,18 @@ import inspect
 import itertools
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from foreign import BertInInit, make, trainer
+from foreign import BERT, BertInInit, make, small, trainer
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -27,7 +29,9 @@ from lightning_ft import (
     AdaLoRA,
     Adapter,
     BitFit,
+    Doctor,
     FullFineTuning,
+    GradientCheckpointing,
     GradualUnfreezing,
     HeadOnly,
     LayerNormTuning,
@@ -40,7 +44,7 @@ from lightning_ft import (
 )
 from lightning_ft.apps.paths import conf_dir
 from lightning_ft.callbacks.finetuning import FineTuning, count_parameters
-from lightning_ft.injection import Injected, injected_modules, injected_names
+from lightning_ft.injection import Injected, injected_names
 
 METHODS: dict[str, FineTuning] = {
     "lora": LoRA(r=2, target_modules="all-linear"),
@@ -296,15 +300,25 @@ def test_a_model_can_be_copied_and_pickled() -> None:
             assert training(again) == training(model)
 
 
-def test_what_is_injected_stays_fp32_under_every_precision() -> None:
-    precisions = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
-    for name, (precision, of_base) in itertools.product(METHODS, precisions.items()):
-        module = make(BertInInit)
-        trainer(method(name), max_epochs=1, precision=precision).fit(module)
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_what_is_injected_stays_in_its_dtype_under_every_precision(precision: str, tmp_path: Path) -> None:
+    of_base = torch.float32 if precision == "bf16-mixed" else torch.bfloat16
+    for name, dtype in itertools.product(METHODS, ("float32", "bfloat16")):
+        module, callback = make(BertInInit), method(name)
+        callback.adapter_dtype = dtype  # type: ignore[assignment]
+        run = trainer(callback, max_epochs=1, precision=precision)
+        run.fit(module)
         added = injected_names(module)
-        assert {p.dtype for n, p in module.state_dict().items() if n in added} <= {torch.float32}, name
+        held = {p.dtype for n, p in module.state_dict().items() if n in added}
+        assert held <= {getattr(torch, dtype)}, name
         assert {p.dtype for n, p in module.named_parameters() if n not in added} == {of_base}, name
         assert module.outputs(module.example()).isfinite().all(), name
+        if added and dtype == "bfloat16" and precision == "bf16-mixed":
+            run.save_checkpoint(tmp_path / f"{name}.ckpt")
+            torch.manual_seed(7)
+            again = lightning_ft.load_from_checkpoint(BertInInit, tmp_path / f"{name}.ckpt")
+            assert {p.dtype for n, p in again.state_dict().items() if n in added} == {torch.bfloat16}, name
+            assert torch.equal(output(again), output(module)), name
 
 
 COMMON = {*dir(Injected), *inspect.get_annotations(Injected), "forward"}
@@ -322,19 +336,61 @@ def test_methods_that_share_a_module_share_no_names() -> None:
         assert not {name: (one[name], other[name]) for name in set(one) & set(other) if not name.startswith("__")}
 
 
-@each_method
-def test_gradient_checkpointing_keeps_the_gradients(name: str) -> None:
-    def gradients(module: BertInInit, outputs: Any) -> dict[str, Tensor]:
-        module.zero_grad()
-        outputs(input_ids=module.example()).logits.square().sum().backward()
-        return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+def test_the_doctor_finds_every_method_well_at_its_own_rate_and_not_at_another() -> None:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        rates = compose("train").rates
+    for name in METHODS:
+        low, high = METHODS[name].plausible_lr
+        for lr in (rates[name], low / 2, 2 * high):
+            module, doctor = make(BertInInit), Doctor()
+            module.configure_optimizers = lambda m=module, lr=lr: torch.optim.AdamW(m.parameters(), lr=lr)  # type: ignore[method-assign]
+            with warnings.catch_warnings():
+                if lr != rates[name]:
+                    warnings.filterwarnings("ignore", "Doctor: 1 fault after the first step")
+                trainer(doctor, method(name), max_steps=1).fit(module)
+            assert doctor.report is not None
+            assert [f for f in doctor.report.faults if "learning rate" not in f] == [], name
+            assert bool(doctor.report.faults) == (lr != rates[name]), (name, lr)
+            tensors = int(doctor.report.facts.split()[0])
+            waiting = {p for m in [METHODS[name]] if isinstance(m, GradualUnfreezing) for p in m.waiting(module, 0)}
+            assert tensors == sum(p.requires_grad and p not in waiting for p in module.parameters()), name
 
-    module = fitted(name).train()
-    plain = gradients(module, module.model)
-    assert set(plain) == training(module)
-    module.model.activation_checkpointing_enable()
-    module.model.enable_input_require_grads()
-    again = gradients(module, module.model)
-    for key, value in plain.items():
-        torch.testing.assert_close(again[key], value, atol=1e-6, rtol=1e-5)
-    assert all(layer.training for _, layer in injected_modules(module))  # type: ignore[attr-defined]
+
+class Watch(Callback):
+    """Keeps the gradients of the first step, and counts the calls of the last layer's attention."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+        self.calls = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        attention = pl_module.model.bert.encoder.layer[-1].attention
+        attention.register_forward_hook(lambda *_: setattr(self, "calls", self.calls + 1))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self.gradients = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
+
+
+@each_method
+def test_gradient_checkpointing_keeps_the_gradients_under_dropout_too(name: str) -> None:
+    def watched(*callbacks: Callback) -> tuple[Watch, BertInInit]:
+        torch.manual_seed(7)
+        module, callback, watch = BertInInit(), method(name), Watch()
+        dropouts = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+        module.model = BertForSequenceClassification(small(BertConfig, **{**BERT, **dropouts}))
+        if hasattr(callback, "dropout"):
+            callback.dropout = 0.2
+        trainer(callback, *callbacks, watch, max_steps=1).fit(module)
+        return watch, module
+
+    plain, _ = watched()
+    saving, module = watched(GradientCheckpointing())
+    assert set(saving.gradients) == set(plain.gradients)
+    late = method(name).waiting(module, 0) if isinstance(METHODS[name], GradualUnfreezing) else []
+    assert set(plain.gradients) == training(module) - {
+        n for n, p in module.named_parameters() if any(p is w for w in late)
+    }
+    for key, value in plain.gradients.items():
+        torch.testing.assert_close(saving.gradients[key], value, atol=1e-7, rtol=1e-5, msg=key)
+    assert (plain.calls, saving.calls) == (1, 1 if name == "head" else 2), "run again in the backward pass"
+    assert not module.model.is_activation_checkpointing

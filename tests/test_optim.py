@@ -1,4 +1,4 @@
-"""Parameter groups and schedules: against names and closed forms."""
+"""Parameter groups and schedules: against names, closed forms and those of transformers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     PreTrainedModel,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_inverse_sqrt_schedule,
+    get_linear_schedule_with_warmup,
 )
 
 from lightning_ft import IA3, AdaLoRA, LoRA, PromptTuning
@@ -190,6 +194,26 @@ def test_schedule_is_its_closed_form_at_every_step(schedule: Schedule) -> None:
         for step in range(total + 1):
             factor = step / warm if step < warm else CLOSED_FORMS[schedule](step, total, warm)
             assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr * factor for lr in base])
+            optimizer.step()
+            scheduler.step()
+
+
+REFERENCES: dict[Schedule, Callable[[torch.optim.Optimizer, int, int], torch.optim.lr_scheduler.LambdaLR]] = {
+    linear: lambda optimizer, warm, total: get_linear_schedule_with_warmup(optimizer, warm, total),
+    cosine: lambda optimizer, warm, total: get_cosine_schedule_with_warmup(optimizer, warm, total),
+    constant: lambda optimizer, warm, total: get_constant_schedule_with_warmup(optimizer, warm),
+    inverse_sqrt: lambda optimizer, warm, total: get_inverse_sqrt_schedule(optimizer, warm),
+}
+
+
+@pytest.mark.parametrize("schedule", REFERENCES)
+@pytest.mark.parametrize("warm", [0, 1, 7, 20])
+def test_schedule_is_that_of_transformers(schedule: Schedule, warm: int) -> None:
+    ours, theirs = (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0) for _ in range(2))
+    both = schedule(ours, 20, float(warm)), REFERENCES[schedule](theirs, warm, 20)
+    for _ in range(20):
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"])
+        for optimizer, scheduler in zip((ours, theirs), both, strict=True):
             optimizer.step()
             scheduler.step()
 

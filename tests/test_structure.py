@@ -19,14 +19,15 @@ CHECKOUT = PACKAGE.parent
 
 ROOMS: dict[str, set[str] | None] = {
     "errors": set(),
+    "ops": set(),
     "injection": set(),
     "reporting": set(),
-    "quantization": {"injection"},
+    "quantization": {"injection", "ops"},
     "files": {"injection"},
     "general": set(),
     "callbacks": {"injection", "files", "quantization", "reporting", "general"},
-    "methods": {"injection", "quantization", "callbacks.finetuning", "reporting"},
-    "tasks": {"reporting", "optim", "injection", "quantization", "general"},
+    "methods": {"injection", "ops", "quantization", "callbacks.finetuning", "reporting"},
+    "tasks": {"ops", "reporting", "optim", "injection", "quantization", "general"},
     "optim": {"injection", "reporting", "tasks.pretrained"},
     "data": {"reporting", "optim", "tasks.pretrained"},
     "adapters": {"methods", "files", "injection", "callbacks", "quantization"},
@@ -35,7 +36,7 @@ ROOMS: dict[str, set[str] | None] = {
 }
 """What of ours a room may import beside itself, everything below a name included; None: all. A method is a room."""
 
-TORCH_ONLY = ("errors", "injection")
+TORCH_ONLY = ("errors", "ops", "injection")
 ONLY_IN = {"hydra": ("apps",), "omegaconf": ("apps",), "wandb": ("apps.loggers",)}
 """Modules that only these rooms import."""
 
@@ -119,7 +120,8 @@ def test_a_library_is_known_only_where_it_belongs() -> None:
         assert inside(module, ONLY_IN.get(library, [module])), f"{module} imports {name}"
         assert library not in NEVER_IN.get(room, ()), f"{module} imports {name}"
         if room in TORCH_ONLY:
-            assert library in {"torch", *sys.stdlib_module_names}, f"{module} imports {name}"
+            comes_with_torch = {"triton"} if room == "ops" else set()
+            assert library in {"torch", *comes_with_torch, *sys.stdlib_module_names}, f"{module} imports {name}"
 
 
 def test_the_plugin_knows_hydra_and_where_the_configuration_is() -> None:

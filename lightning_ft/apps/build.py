@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_ft.apps import precision
 from lightning_ft.apps.errors import RequestError
+from lightning_ft.callbacks.checkpointing import GradientCheckpointing
+from lightning_ft.callbacks.compile import Compile
 from lightning_ft.callbacks.finetuning import FineTuning
 from lightning_ft.data.module import TextDataModule
 from lightning_ft.tasks.finetuner import FineTuner
@@ -25,8 +28,12 @@ AUTO = "auto"
 
 
 def register_resolvers() -> None:
-    """``${package_dir:NAME,EXTRA}``: the folder of an installed package, which the named extra installs."""
+    """``${package_dir:NAME,EXTRA}``: the folder of an installed package, which the named extra installs.
+
+    ``${processes:DEVICES,MACHINES}``: how many processes a Trainer of so many has.
+    """
     OmegaConf.register_new_resolver("package_dir", _package_dir, replace=True)
+    OmegaConf.register_new_resolver("processes", _processes, replace=True)
 
 
 def datamodule(config: DictConfig) -> TextDataModule:
@@ -40,6 +47,23 @@ def datamodule(config: DictConfig) -> TextDataModule:
 def method(config: DictConfig) -> FineTuning:
     """The method's callback."""
     return instantiate(config.method, _convert_="all")
+
+
+def savers(config: DictConfig) -> list[L.Callback]:
+    """What makes steps smaller or faster, as the config asks for it: gradient checkpointing, compilation.
+
+    Raises:
+        RequestError: if ``compile`` is neither a truth value nor names arguments of ``lightning_ft.Compile``.
+    """
+    wanted, found = config.get("compile"), list[L.Callback]()  # older runs' configs have none
+    if config.get("gradient_checkpointing"):
+        found.append(GradientCheckpointing())
+    if wanted:
+        arguments, known = {} if wanted is True else wanted, signature(Compile).parameters
+        if not isinstance(arguments, Mapping) or set(arguments) - set(known):
+            raise RequestError(f"compile must be true, false or arguments of {', '.join(known)}, not {wanted}.")
+        found.append(Compile(**arguments))
+    return found
 
 
 def finetuner(config: DictConfig, facts: Mapping[str, Any]) -> FineTuner:
@@ -70,6 +94,7 @@ def check(config: DictConfig) -> None:
     if config.data.get("streaming") and config.trainer.max_steps < 1:
         raise RequestError("streamed data has no length: say when training ends, trainer.max_steps=...")
     precision.check(config)
+    savers(config)
 
 
 def rate(config: DictConfig, method: str) -> float | str:
@@ -110,6 +135,14 @@ def quiet_trainer(config: DictConfig, **arguments: Any) -> L.Trainer:
         return L.Trainer(**{**arguments, "accelerator": "auto"})
 
 
+def all_devices(config: DictConfig) -> dict[str, Any]:
+    """The Trainer's arguments that say on how many devices a run is, and by which strategy; each strategy is new."""
+    wanted = {key: config.trainer[key] for key in ("devices", "num_nodes", "strategy") if key in config.trainer}
+    return {
+        key: instantiate(value, _convert_="all") if OmegaConf.is_dict(value) else value for key, value in wanted.items()
+    }
+
+
 def predictions(
     trainer: L.Trainer, module: FineTuner, data: TextDataModule, texts: Sequence[str]
 ) -> list[dict[str, Any]]:
@@ -137,6 +170,7 @@ def tidy_messages(level: int) -> None:
     for advice in (
         "does not have many workers",
         "exists and is not empty",
+        "have overridden `on_before_batch_transfer`",
         r"isinstance\(treespec, LeafSpec\)",
     ):
         warnings.filterwarnings("ignore", f".*{advice}.*")
@@ -154,6 +188,13 @@ def _package_dir(name: str, extra: str) -> str:
             " or use another model: model=hub model.name=FOLDER_OR_HUB_NAME"
         )
     return str(Path(next(iter(spec.submodule_search_locations))))
+
+
+def _processes(devices: Any, machines: int) -> int:
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return len(devices) * machines
+    several = devices in ("auto", -1, "-1")
+    return (max(torch.accelerator.device_count(), 1) if several else int(devices)) * machines
 
 
 def as_list(value: Any) -> list[str]:

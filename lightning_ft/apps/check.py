@@ -54,7 +54,7 @@ def check(config: DictConfig) -> None:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from lightning_ft.apps import build, check_page, report
+    from lightning_ft.apps import build, check_page, report, runs
     from lightning_ft.apps.errors import RequestError
     from lightning_ft.data.quality import examine
 
@@ -74,7 +74,7 @@ def check(config: DictConfig) -> None:
         rows,
         {
             "data": str(config.data.path),
-            "model": str(config.model.name),
+            "model": runs.base_name(config),
             "limit": data.token_limit,
             "rows": {split: len(its) for split, its in raw.items()},
             "fix": cleaned,

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lightning_ft.data.quality.confidence import LEAST
-from lightning_ft.data.quality.findings import KINDS, Rows
+from lightning_ft.data.quality.findings import KINDS, Rows, excerpt
 from lightning_ft.data.quality.labels import label_counts
 from lightning_ft.data.quality.tokens import histogram
 
@@ -30,7 +30,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; } .about 
 .error { border-color: #c0392b; } .warning { border-color: #d98e04; } .note { border-color: #5b8db8; }
 .finding ul { margin: 0 0 .5rem; padding-left: 1.2rem; color: #555; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: #555; } .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
-.plots svg { max-width: 100%; height: auto; } td, th { text-align: left; padding: .1rem 1rem .1rem 0; }
+.plots svg { flex: 1 1 25rem; max-width: min(100%, 33rem); height: auto; }
+td, th { text-align: left; padding: .1rem 1rem .1rem 0; }
 """
 _COLORS = {"train": "#3b6ea8", "validation": "#e0a030", "test": "#5a9e6f"}
 _MOST_LABELS = 20
@@ -96,6 +97,8 @@ def _plot(draw: Callable[[Any], None]) -> Figure:
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     draw(axes)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)  # where it covers nothing
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -112,7 +115,6 @@ def _lengths(axes: Any, found: Examined, limit: int) -> None:
         axes.axvline(limit + 1, color="#c0392b", linestyle="--", label=f"cut at {limit:,}")
     axes.set(title="Length of the texts", xlabel="tokens", ylabel="texts", xlim=(max(0, edges[0]), edges[-1]))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
 
 
 def _labels(axes: Any, counts: Mapping[str, Mapping[str, int]]) -> None:
@@ -128,16 +130,15 @@ def _labels(axes: Any, counts: Mapping[str, Mapping[str, int]]) -> None:
     for i, (split, its) in enumerate(counts.items()):
         shares = [its.get(name, 0) / sum(its.values()) for name in names]
         axes.barh(np.arange(len(names)) + i * height, shares, height, color=_COLORS.get(split), label=split)
-    axes.set_yticks(np.arange(len(names)) + 0.4 - height / 2, [name.replace("$", r"\$")[:24] for name in names])
-    axes.set(title="Share of each label", ylim=(len(names), -0.5))
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(loc="lower right")
+    axes.set_yticks(np.arange(len(names)) + 0.4 - height / 2, [excerpt(name, 24).replace("$", r"\$") for name in names])
+    axes.set(title="Share of each label", ylim=(len(names) - height / 2, -0.2 - height / 2))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
 
 
 def _confidence(axes: Any, found: Examined) -> None:
     assert found.confidence is not None
-    axes.hist(found.confidence.own, np.linspace(0, 1, 41), color=_COLORS["train"])
-    axes.axvline(LEAST, color="#c0392b", linestyle="--", label="suspicious only below")
+    axes.hist(found.confidence.own, np.linspace(0, 1, 41), color=_COLORS["train"], label="rows")
+    axes.axvline(LEAST, color="#c0392b", linestyle="--", label=f"{LEAST:.0%}: a suspicious label has no more")
     axes.set(
         title="What the base's embeddings give the label",
         xlabel="cross-validated probability",
@@ -145,7 +146,6 @@ def _confidence(axes: Any, found: Examined) -> None:
         xlim=(0, 1),
     )
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
 
 
 def _svg(figure: Figure) -> str:

@@ -25,16 +25,12 @@ from typing import Any, NamedTuple
 import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lightning_ft.apps import process
 from lightning_ft.apps.paths import conf_dir
 
 CONSOLE = "console.log"
 
-_TRAIN = """
-import sys
-sys.path = [place for place in sys.path if place]  # without the working folder, from which `python -c` imports first
-from lightning_ft.apps.cli import run
-sys.exit(run("train", sys.argv[1:]))
-"""
+_TRAIN = process.__file__
 _BAR = "+callbacks.progress._target_=lightning.pytorch.callbacks.TQDMProgressBar"  # Rich's says nothing to a pipe
 
 
@@ -197,7 +193,7 @@ def _train(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
     run.folder.mkdir(parents=True)
     log = run.folder / CONSOLE
     process = subprocess.Popen(
-        [sys.executable, "-c", _TRAIN, *run.arguments],
+        [sys.executable, _TRAIN, *run.arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -52,5 +52,5 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     where = f"'{place}' has" if place else "the config has"
     hint = f" Did you mean '{near[0]}'?" if near else ""
     if "_target_" in choices:
-        hint += f" An argument that {parent['_target_']} takes beside these: +{error.full_key}=..."
+        hint += f" If {parent['_target_']} takes it beside these: +{error.full_key}=..."
     return f"there is no option '{error.full_key or key}'; {where} {', '.join(sorted(choices))}.{hint}"

@@ -146,7 +146,9 @@ def task_table(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]])
 def findings_table(findings: Sequence[Finding], rows: Mapping[str, int], data: str) -> Table:
     """What a check found, the worst first."""
     sizes = ", ".join(f"{split} {count:,}" for split, count in rows.items())
-    table = Table(title=escape(f"Check of {data}: {sizes} rows"), title_justify="left", show_lines=True)
+    title = f"Check of {data}: {sizes} rows"
+    # As wide as its title, which would be broken over the words "Nothing was found."
+    table = Table(title=escape(title), title_justify="left", show_lines=True, min_width=len(title))
     table.add_column("")
     table.add_column("split")
     table.add_column("what", overflow="fold")

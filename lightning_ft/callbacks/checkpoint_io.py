@@ -48,14 +48,21 @@ class AdapterCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write what was trained."""
-        frozen: set[str] = set()
+        self.inner.save_checkpoint(self.reduced(checkpoint), path, storage_options)
+
+    def frozen(self) -> set[str]:
+        """The keys of the module's state that are left out."""
+        return {key for base, _ in self._methods() for key in frozen_keys(self._model(), base)}
+
+    def reduced(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """``checkpoint`` without frozen keys, and with the methods' records."""
         records: list[dict[str, Any]] = []
         for base, record in self._methods():
             if not any(_of_the_same(record, other) for other in records):
-                frozen |= frozen_keys(self._model(), base)
                 records.append({**record, "base": fingerprint(base)})
+        frozen = self.frozen()
         slim = {key: trained_state(checkpoint[key], frozen) for key in _STATES if key in checkpoint}
-        self.inner.save_checkpoint({**checkpoint, **slim, METADATA: records}, path, storage_options)
+        return {**checkpoint, **slim, METADATA: records}
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read it, and fill in the frozen base from the live model.

@@ -80,7 +80,9 @@ class Efficiency(Callback):
                 "cost/trained_share": trained / total,
                 "cost/samples_per_second": self._samples * trainer.world_size / seconds,
                 "cost/peak_memory_mib": self.peak_memory_mib,
-            }
+            },
+            sync_dist=True,
+            reduce_fx="max",  # over processes
         )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

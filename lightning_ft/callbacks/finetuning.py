@@ -2,7 +2,8 @@
 
 hook              what happens there
 setup             inject, before configure_optimizers; or arrange that it happens after the module's
-                  own setup() or configure_model(), if it overrides them
+                  own setup() or configure_model(), if it overrides them; under FSDP2 before
+                  configure_model(), which shards
 on_fit_start      the user's optimizers get what was injected, and lose what was frozen
 on_train_batch_   frozen BatchNorms evaluate, injected dropouts drop, for as long as the batch trains
   start, _end
@@ -14,12 +15,13 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from itertools import compress
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from lightning_ft.callbacks.checkpoint_io import AdapterCheckpointIO
+from lightning_ft.callbacks.sharding import gather_checkpoints, shards
 from lightning_ft.files.peft import INSIDE
 from lightning_ft.files.state import frozen_modules
 from lightning_ft.injection import (
@@ -42,6 +45,8 @@ from lightning_ft.injection import (
 from lightning_ft.quantization import Quantization, count, pack, settle
 
 log = logging.getLogger(__name__)
+
+AdapterDtype = Literal["float32", "bfloat16"]
 
 _BUILDERS = ("setup", "configure_model")  # the hooks in which a module may build itself, in Lightning's order
 
@@ -67,6 +72,12 @@ class FineTuning(Callback, ABC):
         quantize: pack the frozen base before the method goes on: ``"nf4"``, ``"fp4"``, ``"int8"``, or
             ``{"kind": "nf4", "double": False}`` (:mod:`lightning_ft.quantization`). It needs bitsandbytes. A base that
             was loaded packed needs no word here.
+        adapter_dtype: what holds the parameters that the method adds, whatever ``precision`` says: ``"float32"``, in
+            which small updates aren't lost, or to save memory ``"bfloat16"`` (PEFT has fp32 masters by default too,
+            ``autocast_adapter_dtype``). They compute in it, unless autocast says otherwise.
+
+    Raises:
+        ValueError: for another ``adapter_dtype``. In fp16 gradients would vanish, and gradient scaling refuses it.
     """
 
     # No dataclass: OmegaConf takes one that's passed through hydra's instantiate() for a config.
@@ -75,10 +86,14 @@ class FineTuning(Callback, ABC):
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
         quantize: str | Mapping[str, Any] | None = None,
+        *,
+        adapter_dtype: AdapterDtype = "float32",
     ) -> None:
+        check_choice(f"{type(self).__name__}: adapter_dtype", adapter_dtype, get_args(AdapterDtype))
         self.modules_to_save = modules_to_save
         self.backbone = backbone
         self.quantize = quantize
+        self.adapter_dtype: AdapterDtype = adapter_dtype
         self._quantization = None if quantize is None else Quantization.of(quantize)
         self._told = False  # what injection did, once for fit, validate and test
         self._norms: list[nn.Module] = []  # frozen ones, which evaluate while a batch trains
@@ -128,9 +143,22 @@ class FineTuning(Callback, ABC):
             pack(base, self._quantization, saved)
         return base, saved
 
+    @property
+    def added_dtype(self) -> torch.dtype:
+        """:attr:`adapter_dtype` as torch has it."""
+        dtype: torch.dtype = getattr(torch, self.adapter_dtype)
+        return dtype
+
     def describe(self, model: nn.Module, names: Sequence[str]) -> str:
         """One line on what :meth:`inject` did to ``model``; ``names`` is what it returned."""
         return describe(model, names)
+
+    plausible_lr: ClassVar[tuple[float, float]] = (0.0, float("inf"))
+    """The least and the greatest learning rate, for Adam and its kin, beyond which there is most likely a mistake."""
+
+    def without_gradient(self, model: nn.Module) -> Collection[nn.Parameter]:
+        """What trains, but rightly had no part in the batch that was trained last."""
+        return ()
 
     @property
     def settled(self) -> bool:
@@ -172,8 +200,10 @@ class FineTuning(Callback, ABC):
         _wrap_checkpoint_io(trainer)
         if hook is None:
             inject()
+        elif hook == "configure_model" and shards(trainer.strategy):
+            _around(pl_module, hook, partial(self._inject_if_built, pl_module, inject), inject)
         else:
-            _after(pl_module, hook, inject)
+            _around(pl_module, hook, None, inject)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the optimizers hold just what trains, and that no other callback changes what doesn't."""
@@ -249,6 +279,14 @@ class FineTuning(Callback, ABC):
             rank_zero_info(f"{type(self).__name__}: {self.describe(model, touched[methods.index(self)])}")
             self._told = True
 
+    def _inject_if_built(self, model: nn.Module, inject: Callable[[], None]) -> None:
+        """Inject before the module is sharded. One that is built and sharded in one hook must inject by itself."""
+        try:
+            find_base(model, self.backbone)
+        except InjectionError:
+            return  # injection after the hook says what is wrong
+        inject()
+
     def _restore_modes(self) -> None:
         for norm in self._norms:
             vars(norm).pop("train", None)
@@ -259,7 +297,7 @@ class FineTuning(Callback, ABC):
 
     def _refuse_others(self, trainer: Trainer) -> list[FineTuning]:
         """The other methods of this Trainer, if this one goes with them."""
-        methods = _methods_of(trainer)
+        methods = methods_of(trainer)
         names = [type(method).__name__ for method in methods if method.backbone == self.backbone]
         alone = next((m for m in methods if m.decides_alone and m.backbone == self.backbone), None)
         if alone and len(names) > 1:
@@ -288,7 +326,8 @@ class FineTuning(Callback, ABC):
                 ) from error
 
 
-def _methods_of(trainer: Trainer) -> list[FineTuning]:
+def methods_of(trainer: Trainer) -> list[FineTuning]:
+    """The methods among a Trainer's callbacks."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, FineTuning)]
 
@@ -310,8 +349,10 @@ def _wrap_checkpoint_io(trainer: Trainer) -> None:
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(
             io,
             lambda: trainer.lightning_module,
-            lambda: [(find_base(trainer.lightning_module, m.backbone), m.record()) for m in _methods_of(trainer)],
+            lambda: [(find_base(trainer.lightning_module, m.backbone), m.record()) for m in methods_of(trainer)],
         )
+    if shards(trainer.strategy):
+        gather_checkpoints(trainer.strategy)
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
@@ -362,8 +403,8 @@ def _last_builder(module: LightningModule) -> str | None:
     return overridden[-1] if overridden else None
 
 
-def _after(module: LightningModule, hook: str, then: Callable[[], None]) -> None:
-    """Have ``then`` run after ``module.<hook>``, once, by an attribute of the instance.
+def _around(module: LightningModule, hook: str, before: Callable[[], None] | None, then: Callable[[], None]) -> None:
+    """Have ``before`` and ``then`` run before and after ``module.<hook>``, once, by an attribute of the instance.
 
     Not ``functools.wraps``: Lightning looks through ``__wrapped__`` to tell whether a hook is overridden.
     """
@@ -371,6 +412,8 @@ def _after(module: LightningModule, hook: str, then: Callable[[], None]) -> None
 
     def hook_then_inject(*args: Any, **kwargs: Any) -> None:
         _restore_hooks(module)  # else a copy that is made in the fit would call this, and a pickle can't be made
+        if before is not None:
+            before()
         original(*args, **kwargs)
         then()
 

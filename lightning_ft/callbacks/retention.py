@@ -140,7 +140,9 @@ class Retention(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the weights that are tested, if the base is known to compare them with."""
         if self.history:
-            pl_module.log_dict({f"test/retention/{name}": value for name, value in self.measure(pl_module).items()})
+            pl_module.log_dict(
+                {f"test/retention/{name}": value for name, value in self.measure(pl_module).items()}, sync_dist=True
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints: what the base could do, which can't be measured later."""
@@ -174,7 +176,7 @@ class Retention(Callback):
 
     def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._keep(trainer, self.measure(pl_module))
-        pl_module.log_dict(_named(self.history[-1]), on_step=False, on_epoch=True, batch_size=1)
+        pl_module.log_dict(_named(self.history[-1]), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def _keep(self, trainer: Trainer, found: Mapping[str, float]) -> None:
         self.history.append({"step": trainer.global_step, "epoch": trainer.current_epoch, **found})

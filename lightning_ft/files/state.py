@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ft.errors import UserError
-from lightning_ft.injection import Base, injected_names, is_quantized
+from lightning_ft.injection import Base, injected_names, is_quantized, plain
 
 
 class StateError(UserError, RuntimeError):
@@ -39,6 +40,7 @@ def frozen_keys(model: nn.Module, base: Base) -> set[str]:
 
     What is in the base is so under whatever name: ``self.encoder = self.model.bert`` gives its tensors second ones.
     """
+    keys = list(model.state_dict())  # first of all: FSDP2 then exchanges whole parameters for their parts
     added = injected_names(model)
     still = {module for _, module in frozen_modules(base)}
     parameters = {id(p) for _, p in base.named_parameters() if not p.requires_grad}
@@ -51,7 +53,7 @@ def frozen_keys(model: nn.Module, base: Base) -> set[str]:
         parameter = modules[path]._parameters.get(own)
         return modules[path] in still if parameter is None else id(parameter) in parameters
 
-    return {key for key in model.state_dict() if key not in added and is_frozen(key)}
+    return {key for key in keys if key not in added and is_frozen(key)}
 
 
 def method_keys(model: nn.Module, base: Base) -> set[str]:
@@ -61,9 +63,30 @@ def method_keys(model: nn.Module, base: Base) -> set[str]:
     return whole | {base.prefixed(name) for name in injected_names(base.root)}
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The value of a tensor that several processes share out (DTensor), all of which must ask; others as they are."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def is_shared_out(model: nn.Module) -> bool:
+    """Whether several processes share out the parameters of ``model``, by FSDP2 or DeepSpeed's ZeRO-3."""
+    return any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def gathered(model: nn.Module) -> AbstractContextManager[Any]:
+    """Within it, what trains is whole where DeepSpeed's ZeRO-3 shares parameters out; all processes must enter it."""
+    shared = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
+    if not shared:
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters(shared)
+
+
 def trained_state(state: Mapping[str, Any], frozen: set[str]) -> dict[str, Any]:
-    """``state`` without the frozen keys."""
-    return {key: value for key, value in state.items() if key not in frozen}
+    """``state`` without the frozen keys, and with the names that compiled modules had before (``_orig_mod``)."""
+    return {plain(key): value for key, value in state.items() if key not in frozen}
 
 
 def complete_state(
@@ -77,6 +100,8 @@ def complete_state(
     # Of a packed weight a state dict tells more than it loads.
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     live = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[0] in modules}
+    names = {plain(key): key for key in live}  # whether modules were compiled then or are now
+    state = {names.get(plain(key), key): value for key, value in state.items()}
     # The rest is for strict loading to tell, after the module's own on_load_checkpoint.
     missing = sorted(key for key in ours if key not in state)
     if missing:
@@ -98,19 +123,30 @@ def fingerprint(base: Base, samples: int = 64) -> dict[str, str]:
         The hash, and the weights' dtypes; hashes of different dtypes can't be compared.
     """
     digest, dtypes = hashlib.sha256(), set()
-    added = injected_names(base.root)
-    for part in base.frozen:
-        for name, parameter in base.root.get_submodule(part).named_parameters(prefix=part):
-            if parameter.requires_grad or name in added or parameter.is_meta:
-                continue
-            dtypes.add(str(parameter.dtype))
-            if is_quantized(base.root.get_submodule(name.rpartition(".")[0])) and name.endswith(".weight"):
-                continue
-            flat = parameter.detach().flatten()
-            index = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
-            values: Tensor = flat[index.to(flat.device)].float().cpu()
-            digest.update(name.encode() + values.numpy().tobytes())
+    for name, parameter in _frozen_parameters(base):
+        dtypes.add(str(parameter.dtype))
+        path, _, own = name.rpartition(".")
+        if own != "weight" or not is_quantized(base.root.get_submodule(path)):
+            digest.update(plain(name).encode() + _samples(parameter, samples).numpy().tobytes())
     return {"sha256": digest.hexdigest(), "dtypes": " ".join(sorted(dtypes))}
+
+
+def sampled(base: Base, samples: int = 64) -> dict[str, Tensor]:
+    """What :func:`fingerprint` reads, by the parameters' names in the root: (samples or fewer,) in fp32 on the CPU."""
+    return {name: _samples(parameter, samples) for name, parameter in _frozen_parameters(base)}
+
+
+def _frozen_parameters(base: Base) -> Iterator[tuple[str, nn.Parameter]]:
+    added = injected_names(base.root)
+    for name, parameter in base.named_parameters():
+        if not (parameter.requires_grad or name in added or parameter.is_meta):
+            yield name, parameter
+
+
+def _samples(parameter: nn.Parameter, samples: int) -> Tensor:
+    flat = whole(parameter.detach()).flatten()
+    index = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
+    return flat[index.to(flat.device)].float().cpu()
 
 
 def check_fingerprint(saved: Mapping[str, str] | None, present: Mapping[str, str], source: str) -> None:

@@ -1,6 +1,6 @@
 """Where things go in: pure torch, no Lightning, no Hugging Face import."""
 
-from lightning_ft.injection.layers import layer_depths, layer_numbers
+from lightning_ft.injection.layers import layer_depths, layer_numbers, stacked_layers
 from lightning_ft.injection.origin import Origin, refuse_unfoldable
 from lightning_ft.injection.surgery import (
     Injected,
@@ -27,6 +27,7 @@ from lightning_ft.injection.surgery import (
     trained_names,
     twin,
     unfreeze,
+    with_values,
 )
 from lightning_ft.injection.targets import (
     Base,
@@ -39,6 +40,8 @@ from lightning_ft.injection.targets import (
     match_names,
     output_embeddings,
     parent_of,
+    plain,
+    pretrained_models,
     resolve_targets,
 )
 from lightning_ft.injection.trunk import Trunk, VirtualTokens, find_trunk, trunk_at
@@ -76,15 +79,19 @@ __all__ = [
     "match_names",
     "output_embeddings",
     "parent_of",
+    "plain",
+    "pretrained_models",
     "refuse_injected",
     "refuse_packed",
     "refuse_unfoldable",
     "remembering",
     "resolve_targets",
+    "stacked_layers",
     "thaw",
     "train_own",
     "trained_names",
     "trunk_at",
     "twin",
     "unfreeze",
+    "with_values",
 ]

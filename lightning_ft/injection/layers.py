@@ -48,6 +48,11 @@ def layer_numbers(root: nn.Module, names: Iterable[str]) -> dict[str, int]:
     return {name: int(name.removeprefix(stack).split(".")[0]) + 1 for name, stack in inside.items()}
 
 
+def stacked_layers(root: nn.Module) -> list[nn.Module]:
+    """The layers of all stacks of ``root``."""
+    return [layer for _, stack in _stacks(root) for layer in stack]
+
+
 def _stacks(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
     """The outermost ModuleLists of at least two layers, with their names."""
     for child_name, child in module.named_children():

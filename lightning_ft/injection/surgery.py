@@ -51,6 +51,8 @@ class Injected:
     keeps: ClassVar[tuple[str, ...]] = ()
     as_vectors: ClassVar[tuple[str, ...]] = ()
 
+    held_in: Mapping[str, torch.dtype] = {}
+    """By slot, the dtype that holds what was added; fp32 where nothing else was asked for."""
     added_drops: bool | None = None
     """Whether dropout of what was added drops, whatever mode the module was left in; None: as that says."""
     training: bool
@@ -123,18 +125,20 @@ class Injected:
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # `module.to(bfloat16)`, as precision plugins call it, must not round what is trained: in bf16 an
-        # update of 1e-4 on a weight of 0.05 is lost. fp64 and moves between devices are followed.
+        # update of 1e-4 on a weight of 0.05 is lost. Wider dtypes and moves between devices are followed.
         own = {
-            id(tensor)
-            for name in _added(type(self))
+            id(tensor): self.held_in.get(mixin.slot, torch.float32)
+            for mixin in self._mixins
+            for name in (*mixin.adds, *mixin.keeps)
             for tensor in (getattr(self, name), getattr(self, name).grad)
             if tensor is not None
         }
 
         def precisely(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            rounds = id(tensor) in own and moved.dtype.itemsize < torch.float32.itemsize
-            return tensor.to(moved.device, torch.float32) if rounds else moved
+            held_in = own.get(id(tensor), moved.dtype)
+            wider = moved.dtype.itemsize > held_in.itemsize
+            return moved if moved.dtype == held_in or wider else tensor.to(moved.device, held_in)
 
         return super()._apply(precisely, recurse)  # type: ignore[misc]
 
@@ -178,7 +182,14 @@ def _added(cls: type) -> list[str]:
     return [name for mixin in cls._mixins for name in (*mixin.adds, *mixin.keeps)]  # type: ignore[attr-defined]
 
 
-def attach(model: nn.Module, name: str, mixin: type[Injected], settings: Any, tensors: Mapping[str, Tensor]) -> None:
+def attach(
+    model: nn.Module,
+    name: str,
+    mixin: type[Injected],
+    settings: Any,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Make ``model.get_submodule(name)`` an instance of ``mixin`` too.
 
     Args:
@@ -187,7 +198,8 @@ def attach(model: nn.Module, name: str, mixin: type[Injected], settings: Any, te
         mixin: what to add; its class attribute ``adds`` names the parameters.
         settings: a plain value, kept on the module as ``mixin.slot``. Attaching the same mixin again
             with equal settings does nothing.
-        tensors: a value for each name of ``mixin.adds`` and ``mixin.keeps``; kept in fp32 on the module's device.
+        tensors: a value for each name of ``mixin.adds`` and ``mixin.keeps``; kept on the module's device.
+        dtype: what holds them, whatever the module is cast to; a wider one is followed.
 
     Raises:
         InjectionError: as :func:`check_attachable`.
@@ -203,9 +215,10 @@ def attach(model: nn.Module, name: str, mixin: type[Injected], settings: Any, te
     module.__class__ = _combine(stacked, original)
     setattr(module, mixin.slot, settings)
     for key in mixin.adds:
-        module.register_parameter(key, nn.Parameter(tensors[key].to(device=device, dtype=torch.float32)))
+        module.register_parameter(key, nn.Parameter(tensors[key].to(device=device, dtype=dtype).contiguous()))
     for key in mixin.keeps:
-        module.register_buffer(key, tensors[key].to(device=device, dtype=torch.float32))
+        module.register_buffer(key, tensors[key].to(device=device, dtype=dtype))
+    module.held_in = {**module.held_in, mixin.slot: dtype}
     leave_fast_path(model, name)
 
 
@@ -236,7 +249,13 @@ class Layer:
 
 
 def inject_layers(
-    base: Base, plan: Mapping[str, Layer], method: str, saved: Sequence[str] = (), parameters: Sequence[str] = ()
+    base: Base,
+    plan: Mapping[str, Layer],
+    method: str,
+    saved: Sequence[str] = (),
+    parameters: Sequence[str] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> list[str]:
     """Freeze ``base`` and attach what ``plan`` says, all or nothing; doing it twice is doing it once.
 
@@ -245,6 +264,7 @@ def inject_layers(
         plan: a layer for each path, relative to the base's root; what another method trains whole is left out.
         method: the name of the method that asks, for messages and for :func:`freeze_base`.
         saved, parameters: what of the base trains too, as for :func:`freeze_base`.
+        dtype: what holds the added tensors; those that are there already are put into it.
 
     Returns:
         The paths in the model that was searched.
@@ -269,9 +289,21 @@ def inject_layers(
     _refuse_tied(base.root, of_weights, method)
     starts = {name: layer.start() for name, layer in new.items()}
     freeze_base(base, method, saved, parameters)  # from here on nothing is refused, and the model changes
-    for name, layer in new.items():
-        attach(base.root, name, layer.mixin, layer.settings, starts[name])
+    for name, layer in plan.items():
+        if name in new:
+            attach(base.root, name, layer.mixin, layer.settings, starts[name], dtype)
+        else:
+            _hold(base.root.get_submodule(name), layer.mixin, dtype)
     return [base.prefixed(name) for name in plan]
+
+
+def _hold(module: Any, mixin: type[Injected], dtype: torch.dtype) -> None:
+    """Have ``dtype`` hold what ``mixin`` added, in the same tensors; a wider one that the module was cast to stays."""
+    if module.held_in[mixin.slot] != dtype:
+        module.held_in = {**module.held_in, mixin.slot: dtype}
+        for tensor in (getattr(module, key) for key in (*mixin.adds, *mixin.keeps)):
+            if tensor.dtype.itemsize <= torch.float32.itemsize:
+                tensor.grad, tensor.data = None, tensor.data.to(dtype)
 
 
 def _without_whole(base: Base, plan: Mapping[str, Layer], method: str) -> dict[str, Layer]:
@@ -306,10 +338,22 @@ def detach(model: nn.Module, name: str, mixin: type[Injected] | None = None) -> 
         for key in (*gone.adds, *gone.keeps):
             delattr(module, key)
         delattr(module, gone.slot)
+        module.held_in = {slot: dtype for slot, dtype in module.held_in.items() if slot != gone.slot}
     if removed:
         kept = tuple(m for m in module._mixins if m not in removed)
         module.__class__ = _combine(kept, module._original)
+        if not kept:
+            del module.held_in
     _return_to_fast_path(model, name)
+
+
+def with_values(layer: Any, value_of: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of an injected layer in which what was added is what ``value_of`` makes of it; the rest is the same."""
+    copied = _new(layer._mixins, layer._original)
+    vars(copied).update(vars(layer))
+    added = {key: nn.Parameter(value_of(getattr(layer, key).detach()), False) for m in layer._mixins for key in m.adds}
+    vars(copied)["_parameters"] = {**layer._parameters, **added}
+    return copied
 
 
 def injected_modules(model: nn.Module) -> Iterator[tuple[str, Injected]]:
@@ -687,7 +731,7 @@ def _refuse_tied(root: nn.Module, names: Sequence[str], method: str) -> None:
     """A weight that two modules share would be adapted in one of them and, once merged, changed in both."""
     owners: dict[int, list[str]] = {}
     for name, module in root.named_modules():
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+        if (weight := module._parameters.get("weight")) is not None:
             owners.setdefault(id(weight), []).append(name)
     for sharing in owners.values():
         if len(sharing) > 1 and (target := next((name for name in sharing if name in names), None)) is not None:

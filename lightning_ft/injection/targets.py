@@ -39,9 +39,9 @@ class Base:
         return (self.root.get_submodule(name) for name in self.frozen)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every module of the pretrained parts, named relative to :attr:`root`."""
+        """Every module of the pretrained parts, named relative to :attr:`root`; not the wrappers of compiled ones."""
         for part in self.frozen:
-            yield from self.root.get_submodule(part).named_modules(prefix=part)
+            yield from _but_wrappers(self.root.get_submodule(part).named_modules(prefix=part))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter of the pretrained parts, named relative to :attr:`root`."""
@@ -55,6 +55,18 @@ class Base:
     def prefixed(self, name: str) -> str:
         """``name``, relative to :attr:`root`, as a path in the model that was searched."""
         return f"{self.root_name}.{name}".strip(".")
+
+
+_COMPILED = "_orig_mod"  # where torch.compile(module) puts the module
+
+
+def plain(name: str) -> str:
+    """``name``, a path, a key, or a regular expression of one, as it would be if no module in it were compiled."""
+    return re.sub(rf"(\\?\.)?\b{_COMPILED}\b", "", name).lstrip("\\.") if _COMPILED in name else name
+
+
+def _but_wrappers(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in modules if _COMPILED not in module._modules)
 
 
 def find_base(model: nn.Module, backbone: str | None = None) -> Base:
@@ -72,21 +84,16 @@ def find_base(model: nn.Module, backbone: str | None = None) -> Base:
         InjectionError: if ``backbone`` names nothing, or is needed.
     """
     if backbone is not None:
-        path = "" if backbone == "." else backbone
-        named = dict(model.named_modules())
+        path = "" if backbone == "." else plain(backbone)
+        named = {plain(name): name for name, _ in _but_wrappers(model.named_modules())}
         if path not in named:
             raise InjectionError(
                 f"backbone='{backbone}' names no module of {type(model).__name__}."
                 f" {_near(backbone, [name for name in named if name])}"
             )
-        return _base_at(model, path)
+        return _base_at(model, named[path])
 
-    found = list(_outermost(model, is_pretrained_model))
-    inside = {part for _, whole in found for part in whole.modules() if part is not whole}
-    pretrained: dict[nn.Module, str] = {}
-    for name, module in found:
-        if module not in inside:  # self.encoder = self.model.bert is but a second name
-            pretrained.setdefault(module, name)
+    pretrained = pretrained_models(model)
     if len(pretrained) == 1:
         return _base_at(model, *pretrained.values())
 
@@ -102,6 +109,17 @@ def find_base(model: nn.Module, backbone: str | None = None) -> Base:
         f"Which part of {type(model).__name__} is the pretrained base isn't clear; it could be"
         f' {", ".join(candidates)}. Name it: backbone="{candidates[0]}" (or backbone="." for all of it).'
     )
+
+
+def pretrained_models(model: nn.Module) -> dict[nn.Module, str]:
+    """The Hugging Face models in ``model`` that are in no other, each with its path."""
+    found = list(_outermost(model, is_pretrained_model))
+    inside = {part for _, whole in found for part in whole.modules() if part is not whole}
+    paths: dict[nn.Module, str] = {}
+    for name, module in found:
+        if module not in inside:  # self.encoder = self.model.bert is but a second name
+            paths.setdefault(module, name)
+    return paths
 
 
 def resolve_targets(
@@ -219,7 +237,7 @@ def match_modules(base: Base, modules_to_save: Sequence[str] | None) -> list[str
     Raises:
         InjectionError: if nothing is named. An entry that names nothing, beside others that do, is warned of.
     """
-    names = [name for name, _ in base.root.named_modules() if name]
+    names = [name for name, _ in _but_wrappers(base.root.named_modules()) if name]
     wanted = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()
     return _match_suffixes(wanted, names, "modules_to_save")
 
@@ -242,7 +260,7 @@ def match_names(patterns: str | Sequence[str], names: Iterable[str], argument: s
 
 def exactly(names: Iterable[str]) -> str:
     """The ``target_modules`` that names these paths, and none that ends like one of them."""
-    return f"(?:{'|'.join(map(re.escape, names))})"
+    return f"(?:{'|'.join(re.escape(plain(name)) for name in names)})"
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -323,7 +341,7 @@ def _inside_attention(root: nn.Module, name: str) -> bool:
 
 def _match_regex(pattern: str, names: Sequence[str], argument: str) -> list[str]:
     try:
-        return [name for name in names if re.fullmatch(pattern, name)]
+        return [name for name in names if re.fullmatch(pattern, plain(name))]
     except re.error as error:
         raise InjectionError(f"{argument}={pattern!r} isn't a valid regular expression: {error}.") from error
 
@@ -344,7 +362,7 @@ def _refuse_or_warn(refuse: bool, message: str) -> None:
 
 
 def _ends_with(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")
+    return f".{plain(name)}".endswith(f".{plain(suffix)}")
 
 
 def _near(wanted: str, names: Iterable[str]) -> str:

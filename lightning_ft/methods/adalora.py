@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ft.callbacks.finetuning import FineTuning, check_count, check_dropout, check_number
+from lightning_ft.callbacks.finetuning import AdapterDtype, FineTuning, check_count, check_dropout, check_number
 from lightning_ft.errors import UserError
 from lightning_ft.injection import (
     Base,
@@ -39,8 +39,11 @@ from lightning_ft.injection import (
     inject_layers,
     injected_modules,
     is_conv1d,
+    plain,
     resolve_targets,
 )
+from lightning_ft.ops import lora_linear
+from lightning_ft.quantization import frozen_linear
 from lightning_ft.reporting import heat_map, log_figure, log_table
 
 # ---------------------------------------------------------------------------------------------- the maths
@@ -55,8 +58,9 @@ def orthogonality(rows: Tensor) -> tuple[Tensor, Tensor]:
         rows: M (r, n).
 
     Returns:
-        The norm, a scalar, and the gradient (r, n); where the norm is 0 so is the gradient.
+        The norm, a scalar, and the gradient (r, n), in fp32 or more; where the norm is 0 so is the gradient.
     """
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # in bf16 next to nothing is left of the difference
     difference = rows @ rows.T - torch.eye(len(rows), device=rows.device)
     norm = torch.linalg.vector_norm(difference)
     return norm, 2 * difference @ rows / norm.clamp_min(torch.finfo(norm.dtype).tiny)
@@ -220,10 +224,13 @@ class AdaLoRALayer(Injected):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output plus the low-rank one; shapes are the module's."""
+        x, a = first_tensor(args, kwargs), self.lora_A * self.lora_E
+        dropout = self.adalora.lora_dropout if self.in_training else 0.0
+        linear = frozen_linear(self, x)
+        if linear is not None:
+            return lora_linear(x, linear, a, self.lora_B, self.adalora.scaling, dropout)
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        x = first_tensor(args, kwargs).to(self.lora_A.dtype)
-        x = F.dropout(x, self.adalora.lora_dropout, self.in_training)
-        low_rank = F.linear(F.linear(x, self.lora_A * self.lora_E), self.lora_B)
+        low_rank = F.linear(F.linear(F.dropout(x.to(a.dtype), dropout), a), self.lora_B)
         return out + (self.adalora.scaling * low_rank).to(out.dtype)
 
     def delta(self) -> Tensor:
@@ -357,7 +364,7 @@ class AdaLoRA(FineTuning):
         orth_reg_weight: weight of the penalty.
         total_step: the number of optimizer steps; by default what the Trainer's own settings amount to. Give it where
             they don't tell: data of unknown length, manual optimization that doesn't step at each batch.
-        modules_to_save, backbone, quantize: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range; in ``fit``, if the number of steps is unknown or the schedule
@@ -366,6 +373,7 @@ class AdaLoRA(FineTuning):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
+    plausible_lr: ClassVar[tuple[float, float]] = (2e-4, 5e-2)
     layers: ClassVar[tuple[type[Injected], ...]] = (AdaLoRALinear, AdaLoRAConv1D)
 
     def __init__(
@@ -389,8 +397,9 @@ class AdaLoRA(FineTuning):
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
         quantize: str | Mapping[str, Any] | None = None,
+        adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone, quantize)
+        super().__init__(modules_to_save, backbone, quantize, adapter_dtype=adapter_dtype)
         check_count("AdaLoRA: init_r", init_r)
         check_count("AdaLoRA: target_r", target_r)
         steps = {"tinit": (tinit, 0), "tfinal": (tfinal, 0), "deltaT": (deltaT, 1), "total_step": (total_step, 1)}
@@ -436,7 +445,7 @@ class AdaLoRA(FineTuning):
             layer = layer_for(module)
             assert layer is not None
             plan[name] = Layer(layer, settings, partial(layer.start, module, self._ranks.get(name, self.init_r)))
-        return inject_layers(base, plan, "AdaLoRA", saved)
+        return inject_layers(base, plan, "AdaLoRA", saved, dtype=self.added_dtype)
 
     @property
     def settled(self) -> bool:
@@ -486,7 +495,7 @@ class AdaLoRA(FineTuning):
             backbone=backbone,
         )
         patterns = config.get("rank_pattern") or {}
-        kept = {path: patterns.get(f"{path}.lora_E") for path in targets}
+        kept = {path: patterns.get(f"{plain(path)}.lora_E") for path in targets}
         method._ranks = {path: sum(pattern) for path, pattern in kept.items() if pattern is not None}
         return method
 
@@ -515,7 +524,9 @@ class AdaLoRA(FineTuning):
         super().on_train_start(trainer, pl_module)
         base = find_base(pl_module, self.backbone)
         self._layers = {
-            base.prefixed(path): layer for path, layer in injected_modules(base.root) if isinstance(layer, AdaLoRALayer)
+            plain(base.prefixed(path)): layer
+            for path, layer in injected_modules(base.root)
+            if isinstance(layer, AdaLoRALayer)
         }
         ranks = [len(layer.lora_E) for layer in self._layers.values()]
         if not any(ranks):

@@ -38,7 +38,14 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_ft.callbacks.finetuning import FineTuning, check_choice, check_count, check_dropout, check_number
+from lightning_ft.callbacks.finetuning import (
+    AdapterDtype,
+    FineTuning,
+    check_choice,
+    check_count,
+    check_dropout,
+    check_number,
+)
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -52,6 +59,7 @@ from lightning_ft.injection import (
     injected_modules,
     is_conv1d,
     layer_numbers,
+    plain,
     resolve_targets,
 )
 
@@ -233,7 +241,7 @@ def usual_targets(base: Base, placement: Placement) -> list[str]:
     names = [name for name, _ in base.named_modules()]
 
     def ending(ends: str) -> set[str]:
-        return {name for name in names if f".{name}".endswith(tuple(f".{end}" for end in ends.split()))}
+        return {name for name in names if f".{plain(name)}".endswith(tuple(f".{end}" for end in ends.split()))}
 
     attention, feed_forward = set[str](), set[str]()
     for of_attention, of_feed_forward in _ENDS:
@@ -289,7 +297,7 @@ class Adapter(FineTuning):
             an encoder-decoder: of each stack) are left out, k drawn anew from 0 to this. So trained, a model does
             without them (:func:`drop_adapters`). A batch then leaves parameters without a gradient: under DDP use
             ``strategy="ddp_find_unused_parameters_true"``.
-        modules_to_save, backbone, quantize: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range, or both ``bottleneck`` and ``reduction_factor``.
@@ -297,6 +305,7 @@ class Adapter(FineTuning):
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-4, 3e-2)
     layers: ClassVar[tuple[type[Injected], ...]] = (SequentialAdapter, ParallelAdapter, ResidualAdapter)
 
     def __init__(
@@ -316,8 +325,9 @@ class Adapter(FineTuning):
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
         quantize: str | Mapping[str, Any] | None = None,
+        adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone, quantize)
+        super().__init__(modules_to_save, backbone, quantize, adapter_dtype=adapter_dtype)
         check_choice("Adapter: placement", placement, get_args(Placement))
         check_choice("Adapter: non_linearity", non_linearity, _NON_LINEARITIES)
         if bottleneck is not None and reduction_factor is not None:
@@ -366,7 +376,7 @@ class Adapter(FineTuning):
         for name in names:
             module = base.root.get_submodule(name)
             plan[name] = Layer(layer_for(module, self.placement), settings, partial(start, name, module, settings))
-        return inject_layers(base, plan, "Adapter", saved)
+        return inject_layers(base, plan, "Adapter", saved, dtype=self.added_dtype)
 
     def _settings(self) -> AdapterSettings:
         usual = _USUAL[self.placement]
@@ -379,6 +389,11 @@ class Adapter(FineTuning):
             usual["scaling"] if self.scaling is None else self.scaling,
             self.dropout,
         )
+
+    def without_gradient(self, model: nn.Module) -> list[nn.Parameter]:
+        """What AdapterDrop left out."""
+        out = [module for _, module in self._droppable if module.adapter_left_out]
+        return [getattr(module, key) for module in out for mixin in module._mixins for key in mixin.adds]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See :class:`FineTuning`; find what AdapterDrop may leave out."""

@@ -40,6 +40,7 @@ class BitFit(FineTuning):
 
     peft_type: ClassVar[str] = "PARTIAL"
     trains_of_base = "vectors"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-4, 3e-2)
 
     def __init__(
         self,

@@ -54,6 +54,7 @@ class TopLayers(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PARTIAL"
+    plausible_lr: ClassVar[tuple[float, float]] = (5e-6, 2e-3)
     decides_alone: ClassVar[bool] = True
     trains_of_base = "weights"
 
@@ -93,6 +94,7 @@ class GradualUnfreezing(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PARTIAL"
+    plausible_lr: ClassVar[tuple[float, float]] = (5e-6, 2e-3)
     decides_alone: ClassVar[bool] = True
     trains_of_base = "weights"
 
@@ -113,6 +115,19 @@ class GradualUnfreezing(FineTuning):
             raise ValueError(f"GradualUnfreezing: max_layers={max_layers} is less than start={start}.")
         self.start, self.every_n_epochs, self.max_layers = start, every_n_epochs, max_layers
         self._waiting: list[nn.Parameter] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See :class:`FineTuning`.
+
+        Raises:
+            InjectionError: under a strategy that shards parameters.
+        """
+        if stage == "fit" and trainer.strategy.restore_checkpoint_after_setup:  # as Lightning does for those
+            raise InjectionError(
+                f"GradualUnfreezing changes what trains as it goes, and {type(trainer.strategy).__name__} fixes that"
+                " when it shards. Use strategy='ddp_find_unused_parameters_true', or TopLayers."
+            )
+        super().setup(trainer, pl_module, stage)
 
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze what never trains; see :meth:`FineTuning.inject`. What trains later is held back within a fit."""
@@ -135,6 +150,10 @@ class GradualUnfreezing(FineTuning):
         saved = [base.root.get_submodule(name) for name in match_modules(base, self.modules_to_save)]
         at_once = {id(parameter) for module in saved for parameter in module.parameters()}
         return [parameter for parameter in below if parameter.requires_grad and id(parameter) not in at_once]
+
+    def without_gradient(self, model: nn.Module) -> list[nn.Parameter]:
+        """Those that wait."""
+        return self._waiting
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See :class:`FineTuning`; and say what trains, where it is more than before."""

@@ -21,6 +21,7 @@ class FullFineTuning(FineTuning):
         super().__init__(backbone=backbone)
 
     peft_type: ClassVar[str] = "PARTIAL"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-6, 1e-3)
     decides_alone: ClassVar[bool] = True
     trains_of_base = "weights"
 

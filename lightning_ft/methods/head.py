@@ -22,6 +22,7 @@ class HeadOnly(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PARTIAL"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-4, 1.0)
     decides_alone: ClassVar[bool] = True
 
     def inject(self, model: nn.Module) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.callbacks.finetuning import AdapterDtype, FineTuning
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -30,6 +30,7 @@ from lightning_ft.injection import (
     inject_layers,
     is_conv1d,
     match_names,
+    plain,
     resolve_targets,
 )
 
@@ -177,7 +178,7 @@ class IA3(FineTuning):
             output. By default those of the architecture; ``[]`` for none.
         exclude_modules: what of the targets is left out.
         init_ia3_weights: whether the vectors start at one. Random ones are for tests.
-        modules_to_save, backbone, quantize: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         InjectionError: on injection: see :meth:`FineTuning.inject`; and if the architecture isn't known and the
@@ -185,6 +186,7 @@ class IA3(FineTuning):
     """
 
     peft_type: ClassVar[str] = "IA3"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
     layers: ClassVar[tuple[type[Injected], ...]] = (IA3Output, IA3Input)
 
     def __init__(
@@ -197,8 +199,9 @@ class IA3(FineTuning):
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
         quantize: str | Mapping[str, Any] | None = None,
+        adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone, quantize)
+        super().__init__(modules_to_save, backbone, quantize, adapter_dtype=adapter_dtype)
         self.target_modules, self.feedforward_modules = target_modules, feedforward_modules
         self.exclude_modules = exclude_modules
         self.init_ia3_weights = init_ia3_weights
@@ -220,13 +223,13 @@ class IA3(FineTuning):
             if self.feedforward_modules and not inputs:
                 raise InjectionError(f"feedforward_modules={self.feedforward_modules!r} names none of the targets.")
         else:
-            inputs = [name for name in names if f".{name}".endswith(tuple(f".{end}" for end in feedforward))]
+            inputs = [name for name in names if f".{plain(name)}".endswith(tuple(f".{end}" for end in feedforward))]
         plan = {}
         for name in names:
             n_in, n_out = sizes(base.root.get_submodule(name))
             kind, what, shape = (IA3Input, "input", (1, n_in)) if name in inputs else (IA3Output, "output", (n_out, 1))
             plan[name] = Layer(kind, what, partial(kind.start, shape, self.init_ia3_weights))
-        return inject_layers(base, plan, "IA3", saved)
+        return inject_layers(base, plan, "IA3", saved, dtype=self.added_dtype)
 
     # ---------------------------------------------------------------------------------- in PEFT's files
 
@@ -249,7 +252,7 @@ class IA3(FineTuning):
         inputs = [
             name
             for name in targets
-            if (re.fullmatch(named, name) if isinstance(named, str) else name.endswith(tuple(named)))
+            if (re.fullmatch(named, plain(name)) if isinstance(named, str) else plain(name).endswith(tuple(named)))
         ]
         return cls(
             exactly(targets),

@@ -33,7 +33,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ft.callbacks.finetuning import FineTuning, check_choice, check_count, check_dropout, check_number
+from lightning_ft.callbacks.finetuning import (
+    AdapterDtype,
+    FineTuning,
+    check_choice,
+    check_count,
+    check_dropout,
+    check_number,
+)
 from lightning_ft.injection import (
     Base,
     Injected,
@@ -44,9 +51,11 @@ from lightning_ft.injection import (
     first_tensor,
     inject_layers,
     is_conv1d,
+    plain,
     resolve_targets,
 )
-from lightning_ft.quantization import dense_weight
+from lightning_ft.ops import lora_linear
+from lightning_ft.quantization import dense_weight, frozen_linear
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Bias = Literal["none", "all", "lora_only"]
@@ -143,6 +152,17 @@ class LoRALayer(Injected):
 
 class LoRALinear(LoRALayer):
     """LoRA on ``nn.Linear``."""
+
+    bias: Tensor | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) to (..., out): :func:`lightning_ft.ops.lora_linear`, where that is what the module computes."""
+        x = first_tensor(args, kwargs)
+        linear = frozen_linear(self, x)
+        if linear is None:
+            return super().forward(*args, **kwargs)
+        dropout = self.lora.dropout if self.in_training else 0.0
+        return lora_linear(x, linear, self.lora_A, self.lora_B, self.lora.scaling, dropout)
 
     @classmethod
     def for_rows(cls, layers: Sequence[Any], index: Tensor) -> Callable[..., Tensor] | None:
@@ -400,9 +420,13 @@ _PLAIN_INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica"
 class ResidualLinear(ResidualLayer, LoRALinear):
     """PiSSA or OLoRA on ``nn.Linear``."""
 
+    forward = LoRALayer.forward  # which takes one product from the other first: they cancel, to the bit at the start
+
 
 class ResidualConv1D(ResidualLayer, LoRAConv1D):
     """PiSSA or OLoRA on Hugging Face's ``Conv1D``."""
+
+    forward = LoRALayer.forward
 
 
 Variant = Literal["plain", "dora", "residual"]
@@ -451,7 +475,7 @@ class LoRA(FineTuning):
         use_dora: train the weights' norms apart from their directions; a step costs more, a merged model nothing.
         bias: biases of the base that train too: ``"none"``, those of the adapted modules (``"lora_only"``), ``"all"``.
         loraplus_lr_ratio: how many times the rate of A that of B is (LoRA+; its authors use 16 with a lower rate).
-        modules_to_save, backbone, quantize: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range, or settings that don't go together.
@@ -459,6 +483,7 @@ class LoRA(FineTuning):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
     layers: ClassVar[tuple[type[Injected], ...]] = tuple(
         layer for kind in (_LINEAR, _CONV1D, _EMBEDDING, _CONV) for layer in kind.values()
     )
@@ -483,8 +508,9 @@ class LoRA(FineTuning):
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
         quantize: str | Mapping[str, Any] | None = None,
+        adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone, quantize)
+        super().__init__(modules_to_save, backbone, quantize, adapter_dtype=adapter_dtype)
         for rank in (r, *(rank_pattern or {}).values()):
             check_count("LoRA: r", rank)
         scales = [("alpha", a) for a in (alpha, *(alpha_pattern or {}).values())]
@@ -529,7 +555,7 @@ class LoRA(FineTuning):
             plan[name] = Layer(layer, settings, partial(layer.start, module, settings, self.init_lora_weights))
         modules = {name: base.root.get_submodule(name) for name in names}
         new = not any(isinstance(module, LoRALayer) for module in modules.values())
-        paths = inject_layers(base, plan, "LoRA", saved, _biases(base, names)[self.bias])
+        paths = inject_layers(base, plan, "LoRA", saved, _biases(base, names)[self.bias], dtype=self.added_dtype)
         layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
         if new and (advice := rank_advice(layers)):
             rank_zero_info(advice)
@@ -629,7 +655,7 @@ def by_pattern(argument: str, patterns: Mapping[str, Any] | None, names: Sequenc
 
 
 def _matches(pattern: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return re.match(rf"(.*\.)?({pattern})$", plain(name)) is not None
 
 
 def _that_match(patterns: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Any] | None:

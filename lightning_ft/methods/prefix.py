@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ft.callbacks.finetuning import FineTuning, check_count
+from lightning_ft.callbacks.finetuning import AdapterDtype, FineTuning, check_count
 from lightning_ft.errors import UserError
 from lightning_ft.injection import (
     Base,
@@ -262,7 +262,7 @@ class PrefixTuning(FineTuning):
         num_virtual_tokens: how many tokens the prefix has.
         prefix_projection: whether an MLP computes it; saved, it is a plain prefix, and loads as one.
         encoder_hidden_size: the MLP's width; by default that of the keys.
-        modules_to_save, backbone, quantize: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range.
@@ -270,6 +270,7 @@ class PrefixTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-4, 3e-1)
     layers: ClassVar[tuple[type[Injected], ...]] = (PrefixLayer, ProjectedPrefix, PrefixAttention, PrefixPositions)
     inside: ClassVar[str] = "base_model."
 
@@ -281,8 +282,9 @@ class PrefixTuning(FineTuning):
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
         quantize: str | Mapping[str, Any] | None = None,
+        adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone, quantize)
+        super().__init__(modules_to_save, backbone, quantize, adapter_dtype=adapter_dtype)
         check_count("PrefixTuning: num_virtual_tokens", num_virtual_tokens)
         if encoder_hidden_size is not None:
             check_count("PrefixTuning: encoder_hidden_size", encoder_hidden_size)
@@ -311,7 +313,7 @@ class PrefixTuning(FineTuning):
         plan = {trunk.name: Layer(layer, settings, partial(layer.start_prefix, n, width, layers, hidden))}
         plan |= {name: Layer(PrefixAttention, arguments, dict) for name, arguments in attentions.items()}
         plan |= {name: Layer(PrefixPositions, (n, arguments), dict) for name, arguments in counted(base, trunk).items()}
-        return inject_layers(base, plan, "PrefixTuning", saved)
+        return inject_layers(base, plan, "PrefixTuning", saved, dtype=self.added_dtype)
 
     # ---------------------------------------------------------------------------------- in PEFT's files
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ft.callbacks.finetuning import FineTuning, check_choice, check_count
+from lightning_ft.callbacks.finetuning import AdapterDtype, FineTuning, check_choice, check_count
 from lightning_ft.errors import UserError
 from lightning_ft.injection import (
     Base,
@@ -401,7 +401,7 @@ class PromptTuning(FineTuning):
         prompt_tuning_init_text: the text; its tokens are repeated or cut to the prompt's length.
         class_names: the names; one by itself is a list of one.
         tokenizer_name_or_path: splits text and names into tokens; by default the model's own.
-        modules_to_save, backbone, quantize: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range, or settings that don't go together.
@@ -409,6 +409,7 @@ class PromptTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-3, 1.0)
     layers: ClassVar[tuple[type[Injected], ...]] = (PromptLayer, PromptAttention)
     inside: ClassVar[str] = "base_model."
 
@@ -422,8 +423,9 @@ class PromptTuning(FineTuning):
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
         quantize: str | Mapping[str, Any] | None = None,
+        adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone, quantize)
+        super().__init__(modules_to_save, backbone, quantize, adapter_dtype=adapter_dtype)
         class_names = [class_names] if isinstance(class_names, str) else class_names
         check_count("PromptTuning: num_virtual_tokens", num_virtual_tokens)
         check_choice("PromptTuning: prompt_tuning_init", prompt_tuning_init, get_args(PromptInit))
@@ -491,7 +493,7 @@ class PTuning(FineTuning):
         encoder_reparameterization_type: what computes it: ``"MLP"`` of three layers, or ``"LSTM"``, bidirectional and
             of two layers, with an MLP of two after it.
         encoder_hidden_size: the encoder's width; by default the model's.
-        modules_to_save, backbone, quantize: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range.
@@ -499,6 +501,7 @@ class PTuning(FineTuning):
     """
 
     peft_type: ClassVar[str] = "P_TUNING"
+    plausible_lr: ClassVar[tuple[float, float]] = (1e-4, 3e-2)
     layers: ClassVar[tuple[type[Injected], ...]] = (MLPPrompt, LSTMPrompt, EncodedPromptAttention)
     inside: ClassVar[str] = PromptTuning.inside
 
@@ -510,8 +513,9 @@ class PTuning(FineTuning):
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
         quantize: str | Mapping[str, Any] | None = None,
+        adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone, quantize)
+        super().__init__(modules_to_save, backbone, quantize, adapter_dtype=adapter_dtype)
         check_count("PTuning: num_virtual_tokens", num_virtual_tokens)
         if encoder_hidden_size is not None:
             check_count("PTuning: encoder_hidden_size", encoder_hidden_size)
@@ -596,7 +600,7 @@ def inject_prompt(
     plan = {trunk.name: Layer(layer, settings, partial(start, module))}
     if trunk.decoder is not None:
         plan[trunk.decoder] = Layer(attention, settings, dict)
-    return inject_layers(base, plan, name, saved)
+    return inject_layers(base, plan, name, saved, dtype=method.added_dtype)
 
 
 def peft_fields(layers: Mapping[str, Injected]) -> dict[str, Any]:

@@ -27,12 +27,14 @@ from lightning_ft.injection import (
     Injected,
     InjectionError,
     find_base,
+    is_conv1d,
     is_quantized,
     leave_fast_path,
     output_embeddings,
     parent_of,
     trained_names,
 )
+from lightning_ft.ops import Linear
 
 INSTALL = "pip install 'lightning-ft[quantization]'"
 
@@ -228,6 +230,22 @@ def _become_packed(module: Any, how: Quantization) -> None:
 
 
 # ------------------------------------------------------------------------------- the weights of packed layers
+
+
+def frozen_linear(module: Any, x: Tensor) -> Linear | None:
+    """What ``module`` computes of ``x``, as a frozen linear layer; None where it isn't one, or is left to itself.
+
+    Left to itself is one whose forward is its own, whose weight trains or is spread over devices, and one that is
+    packed while nothing trains: bitsandbytes has kernels for that.
+    """
+    weight, forward = module.weight, getattr(module, "_original", type(module)).forward
+    if forward is nn.Linear.forward:
+        return Linear(weight, module.bias) if type(weight) is nn.Parameter and not weight.requires_grad else None
+    if is_quantized(module):
+        return module.as_linear(x) if torch.is_grad_enabled() else None
+    if is_conv1d(module) and type(weight) is nn.Parameter and not weight.requires_grad:
+        return Linear(weight.T, module.bias)
+    return None
 
 
 def dense_weight(module: Any) -> Tensor:

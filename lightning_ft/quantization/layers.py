@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit as Linear4bitOfBitsandbytes
 from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
+
+from lightning_ft.ops import Linear
 
 
 class Linear4bit(Linear4bitOfBitsandbytes):
@@ -35,7 +38,7 @@ class Linear4bit(Linear4bitOfBitsandbytes):
         """(..., in) to (..., out)."""
         autocast = _autocast_dtype(x)
         dtype = autocast or self.compute_dtype or x.dtype
-        if _misread(self.weight):
+        if _misread(self.weight, self.weight.quant_state):
             out = _Linear.apply(x.to(dtype), self)
         else:
             out = matmul_4bit(x.to(dtype), self.weight, quant_state=self.weight.quant_state)
@@ -43,7 +46,12 @@ class Linear4bit(Linear4bitOfBitsandbytes):
 
     def dense(self) -> Tensor:
         """The weight that the packed one stands for: (out, in), in the dtype that it was quantized from."""
-        return _dense(self.weight)
+        return _from_4bit(self.weight.data, self.weight.quant_state)
+
+    def as_linear(self, x: Tensor) -> Linear:
+        """What it computes of ``x``, for :func:`lightning_ft.ops.lora_linear`."""
+        unpack = partial(_from_4bit, state=self.weight.quant_state)
+        return Linear(self.weight.data, self.bias, unpack, self.compute_dtype or x.dtype)
 
     def pack(self, dense: Tensor) -> dict[str, Any]:
         """What of the layer holds a weight, were it ``dense`` (out, in), packed as its own is."""
@@ -54,7 +62,7 @@ class Linear4bit(Linear4bitOfBitsandbytes):
     @staticmethod
     def unpack(packed: dict[str, Any]) -> Tensor:
         """The weight that :meth:`pack` packed."""
-        return _dense(packed["weight"])
+        return _from_4bit(packed["weight"].data, packed["quant_state"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
@@ -79,6 +87,11 @@ class Linear8bit(nn.Linear):
     def dense(self) -> Tensor:
         """The weight that the packed one stands for: (out, in), in the dtype that it was quantized from."""
         return _unpacked(self.weight.detach(), self.SCB, self.dense_dtype)
+
+    def as_linear(self, x: Tensor) -> Linear:
+        """What it computes of ``x``, for :func:`lightning_ft.ops.lora_linear`."""
+        unpack = partial(_unpacked, scale=self.SCB, dtype=self.dense_dtype)
+        return Linear(self.weight.detach(), self.bias, unpack, x.dtype)
 
     def pack(self, dense: Tensor) -> dict[str, Any]:
         """What of the layer holds a weight, were it ``dense`` (out, in)."""
@@ -123,17 +136,17 @@ def packed_8bit(dense: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     return {"weight": nn.Parameter(levels, requires_grad=False), "SCB": scale, "dense_dtype": dtype}
 
 
-def _misread(weight: Any) -> bool:
+def _misread(data: Tensor, state: Any) -> bool:
     """Whether bitsandbytes (0.50, on CPUs with AVX512) would take wrong scales where a block reaches into two rows."""
-    return weight.device.type == "cpu" and weight.quant_state.shape[-1] % weight.quant_state.blocksize != 0
+    return data.device.type == "cpu" and state.shape[-1] % state.blocksize != 0
 
 
-def _dense(weight: Any) -> Tensor:
-    if not _misread(weight):
-        return dequantize_4bit(weight.data, weight.quant_state)
-    in_a_row = copy.copy(weight.quant_state)
-    in_a_row.shape = torch.Size((1, math.prod(in_a_row.shape)))
-    return dequantize_4bit(weight.data, in_a_row).view(weight.quant_state.shape)
+def _from_4bit(data: Tensor, state: Any) -> Tensor:
+    if not _misread(data, state):
+        return dequantize_4bit(data, state)
+    in_a_row = copy.copy(state)
+    in_a_row.shape = torch.Size((1, math.prod(state.shape)))
+    return dequantize_4bit(data, in_a_row).view(state.shape)
 
 
 def _unpacked(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

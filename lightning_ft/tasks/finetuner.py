@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
+from lightning_ft.errors import UserError
 from lightning_ft.general import watching
-from lightning_ft.injection import Origin, find_base
+from lightning_ft.injection import Origin, find_base, stacked_layers
 from lightning_ft.optim import RateError, parameter_groups, scale_rates
 from lightning_ft.quantization import Quantization
 from lightning_ft.reporting import log_figure, log_table
@@ -22,6 +24,7 @@ from lightning_ft.tasks.task import Task, inputs_and_labels
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 
@@ -86,6 +89,19 @@ class FineTuner(L.LightningModule):
         """The task's outputs: of a classifier the logits (batch, classes), from ``input_ids`` (batch, tokens), …."""
         return self.task.outputs(self.model, inputs)
 
+    def configure_model(self) -> None:
+        """Under ModelParallelStrategy share the model's parameters out over the processes, layer by layer (FSDP2).
+
+        Raises:
+            UserError: for what needs whole weights.
+        """
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            self._refuse_to_shard(self.device_mesh)
+            mesh = self.device_mesh["data_parallel"]
+            for layer in stacked_layers(self.model):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep of the base what the checkpoint is about to write over."""
         self._remember()
@@ -102,21 +118,24 @@ class FineTuner(L.LightningModule):
         """Let go of the base as it was, but for what is needed to know it again."""
         self._ground = None
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """See :meth:`Task.before_transfer`."""
+        return self.task.before_transfer(batch) if self.trainer.training else batch
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The task's loss, and the penalties'."""
-        inputs, labels = inputs_and_labels(batch)
-        count = self.task.count(labels)
         if self._ground is None:
-            loss = self.task.loss(self(**inputs), labels)
+            loss = self.task.training_loss(self.model, batch)
         else:
+            inputs, labels = inputs_and_labels(batch)
             with watching(self.model) as seen:
                 loss = self.task.loss(self(**inputs), labels)
             step = Step(inputs, self.trainer.fit_loop.total_batch_idx, seen.hidden, seen.logits)
             terms = {f"train/penalty/{p.name}": p.weight * p(self._ground, step) for p in self._penalties}
-            self.log_dict({"train/task_loss": loss, **terms}, batch_size=count)
+            self.log_dict({"train/task_loss": loss, **terms})
             loss = loss + torch.stack([*terms.values()]).sum()
-        self.log("train/loss", loss, prog_bar=True, batch_size=count)
-        return loss
+        self.log("train/loss", loss, prog_bar=True)
+        return self._share_of_mean(loss, batch)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Count the batch."""
@@ -161,9 +180,26 @@ class FineTuner(L.LightningModule):
         scheduler = self._make_scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _refuse_to_shard(self, mesh: DeviceMesh) -> None:
+        reasons = {
+            "tensor_parallel_size must be 1": mesh["tensor_parallel"].size() > 1,
+            "penalties look at whole weights": bool(self._penalties),
+            "what the task itself learns is outside of the model": any(True for _ in self.task.parameters()),
+            "a quantized base can't be shared out": any(not p.is_floating_point() for p in self.model.parameters()),
+        }
+        if found := [reason for reason, holds in reasons.items() if holds]:
+            raise UserError(f"FineTuner can't be sharded by FSDP2: {'; '.join(found)}. Use strategy='ddp'.")
+
     def _remember(self) -> None:
         if any(penalty.needs_base(self.model) for penalty in self._penalties):
             self._origin.remember(find_base(self.model))
+
+    def _share_of_mean(self, loss: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """A mean over rows or tokens, weighed so that the mean over the processes is that over all of theirs."""
+        if self.trainer.world_size == 1:
+            return loss
+        count = torch.tensor(float(self.task.count(inputs_and_labels(batch)[1])), device=loss.device)
+        return loss * (count / self.trainer.strategy.reduce(count.clone(), reduce_op="mean"))
 
     def _evaluate(self, stage: str, batch: Mapping[str, Any]) -> None:
         inputs, labels = inputs_and_labels(batch)
@@ -182,10 +218,11 @@ class FineTuner(L.LightningModule):
             self.task.reset(stage)
             self._loss_of(stage).reset()
             return
-        self.log(f"{stage}/loss", self._loss_of(stage).compute())
+        # They are of all processes' rows already; else Lightning would advise to say so.
+        self.log(f"{stage}/loss", self._loss_of(stage).compute(), sync_dist=True)
         self._loss_of(stage).reset()
         scores = {f"{stage}/{name}": value for name, value in self.task.scores(stage).items()}
-        self.log_dict(scores, prog_bar=stage == "val")
+        self.log_dict(scores, prog_bar=stage == "val", sync_dist=True)
         self.task.reset(stage)
 
     def _loss_of(self, stage: str) -> MeanMetric:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_ft.errors import UserError
+from lightning_ft.ops import linear_cross_entropy
 from lightning_ft.tasks.pretrained import load_pretrained, load_tokenizer
 from lightning_ft.tasks.task import Batch, Table, Task, inputs_and_labels
 
@@ -42,6 +45,36 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     learned = labels != IGNORED
     logits, labels = logits[learned].float(), labels[learned]  # of the others fp32 would only cost memory
     return F.cross_entropy(logits, labels, reduction="none"), (logits.argmax(dim=-1) == labels).float()
+
+
+class _Tap:
+    """A forward pre-hook of a head that keeps what the head is given, and gives it that of one place alone."""
+
+    hidden: Tensor
+    """(batch, tokens, width)."""
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        self.hidden = args[0]
+        return (self.hidden[:, :1],)
+
+
+@contextmanager
+def _tapped(head: nn.Linear) -> Iterator[_Tap]:
+    tap = _Tap()
+    handle = head.register_forward_pre_hook(tap)
+    try:
+        yield tap
+    finally:
+        handle.remove()
+
+
+def plain_head(model: Any) -> nn.Linear | None:
+    """The linear layer that makes logits of hidden states; None if it's another kind, or not whole on this device.
+
+    FSDP2 makes it whole for what the model itself computes alone.
+    """
+    head = None if isinstance(model, FSDPModule) else model.get_output_embeddings()
+    return head if type(head) is nn.Linear and type(head.weight) is nn.Parameter else None
 
 
 class Example(NamedTuple):
@@ -83,6 +116,8 @@ class LanguageTask(Task):
     tables_after = ("val", "test")
     shift: ClassVar[int]
     """How many places behind the logits of a token its label is."""
+    _plain_logits: bool | None = None
+    """Whether the logits were seen to be what the head says and nothing else; None: not yet looked."""
 
     def __init__(
         self,
@@ -112,6 +147,41 @@ class LanguageTask(Task):
         losses, _ = token_losses(*self.aligned(outputs, labels))
         return losses.sum() / max(len(losses), 1)
 
+    def before_transfer(self, batch: Batch) -> Batch:
+        """With ``learned`` (learned tokens,): where they are among all labels of :meth:`aligned` as a vector."""
+        labels = batch["labels"][:, self.shift :]
+        return {**batch, "learned": (labels.reshape(-1) != IGNORED).nonzero()[:, 0]}
+
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The same without the logits: most of the memory of a step, and those of a prompt aren't needed at all.
+
+        The head is run at one place of each row alone, where it's seen that the model makes nothing more of what it
+        says (some scale it, or cap it); if it does, the loss is taken from the logits.
+        """
+        head = plain_head(model)
+        if head is None or self._plain_logits is False:
+            return super().training_loss(model, batch)
+        inputs, labels = inputs_and_labels(batch)
+        learned = (batch if "learned" in batch else self.before_transfer(batch))["learned"]
+        self.prepare(model, inputs)
+        if self._plain_logits is None:
+            self._plain_logits = self._are_logits_plain(model, head, inputs)
+            return self.training_loss(model, batch)
+        with _tapped(head) as tap:
+            self.outputs(model, inputs)
+        hidden, labels = (tensor.flatten(0, 1)[learned] for tensor in self.aligned(tap.hidden, labels))
+        return linear_cross_entropy(hidden, head.weight, labels, head.bias) / max(len(learned), 1)
+
+    def _are_logits_plain(self, model: nn.Module, head: nn.Linear, inputs: Batch) -> bool:
+        device = head.weight.device
+        drawn_on = [device] if device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(drawn_on), _tapped(head) as tap:
+            logits = self.outputs(model, {key: value[:1] for key, value in inputs.items()})
+            return torch.equal(logits.float(), head(tap.hidden).float())
+
+    def prepare(self, model: nn.Module, inputs: Batch) -> None:
+        """See that the model can be given such a batch."""
+
     def count(self, labels: Tensor) -> int:
         """How many tokens are to be learned."""
         return max(1, int((labels[:, self.shift :] != IGNORED).sum()))
@@ -134,7 +204,7 @@ class LanguageTask(Task):
 
     def observe(self, stage: str, model: nn.Module, batch: Batch) -> None:
         """Keep some rows to generate from: of the first batch as many as are shown, of each later one another."""
-        if not self.generations:
+        if not self.generations or isinstance(model, FSDPModule):  # texts end at different steps in its processes
             return
         seen = self._seen.setdefault(stage, _Seen(model))
         rows, wanted = len(batch["labels"]), 1 if seen.examples else self.generations
@@ -251,17 +321,17 @@ class CausalLM(LanguageTask):
         self.ends(model)
         return model
 
-    def outputs(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """The logits (batch, tokens, vocabulary).
-
-        Raises:
-            UserError: for a packed batch, if the model doesn't keep the examples of a row apart.
-        """
-        if "position_ids" not in inputs or "attention_mask" in inputs:
-            return model(**inputs).logits
-        if not self._packs:
+    def prepare(self, model: nn.Module, inputs: Batch) -> None:
+        """See that the model keeps the examples of a packed batch's rows apart; UserError if it doesn't."""
+        if _is_packed(inputs) and not self._packs:
             check_packing(model, inputs["input_ids"])
             self._packs = True
+
+    def outputs(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """The logits (batch, tokens, vocabulary); UserError as of :meth:`prepare`."""
+        if not _is_packed(inputs):
+            return model(**inputs).logits
+        self.prepare(model, inputs)
         # transformers tells the examples of a row by their position ids, but not where there is a cache.
         return model(**inputs, use_cache=False).logits
 
@@ -398,6 +468,10 @@ def check_packing(model: nn.Module, like: Tensor) -> None:
             " needs a model that tells them by position_ids, and no virtual tokens before them. Train it without:"
             " data.target.packing=false."
         )
+
+
+def _is_packed(inputs: Batch) -> bool:
+    return "position_ids" in inputs and "attention_mask" not in inputs
 
 
 def _metrics() -> MetricCollection:

@@ -18,8 +18,8 @@ Batch = Mapping[str, Any]
 Table = tuple[list[str], list[list[Any]]]
 """Columns and rows."""
 
-NOT_INPUTS = ("labels", "extra")
-"""What of a batch the model never sees: what is to be learned, and what predictions need to be read."""
+NOT_INPUTS = ("labels", "extra", "learned")
+"""What of a batch the model never sees: what is to be learned and where, and what predictions need to be read."""
 
 
 class Task(nn.Module, ABC):
@@ -57,6 +57,15 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def loss(self, outputs: Any, labels: Any) -> Tensor:
         """A scalar, computed in fp32."""
+
+    def before_transfer(self, batch: Batch) -> Batch:
+        """A batch of training with what is better found out before it's on a GPU, for which one would have to wait."""
+        return batch
+
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of a batch in training, where nobody asks for the outputs: the same, however it's come by."""
+        inputs, labels = inputs_and_labels(batch)
+        return self.loss(self.outputs(model, inputs), labels)
 
     def count(self, labels: Any) -> int:
         """Of how many things the loss of a batch is the mean."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Answer, call, succeed, tiny_run, write_csv
+from commands import Made, call, succeed, tiny_run, write_csv
 
 from lightning_ft.apps import check
 from lightning_ft.apps.errors import RequestError
@@ -29,20 +28,8 @@ def texts(rows: int, start: int = 0) -> list[tuple[str, str]]:
     return [(f"{('bad', 'good')[i % 2]} {spelt(start + i)}", ("bad", "good")[i % 2]) for i in range(rows)]
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(Made):
     """A check of planted data that was made once for all tests here."""
-
-    home: Path
-    answer: Answer
-
-    @property
-    def folder(self) -> Path:
-        return self.home / "runs" / "check"
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return json.loads((self.folder / "check.json").read_text(encoding="utf-8"))
 
     @property
     def found(self) -> set[tuple[str, str, tuple[int, ...]]]:
@@ -82,7 +69,7 @@ def checked(tiny_bert_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Che
         *asking(tiny_bert_dir, data, "check.fix=it's, clean", "check.fail_on=leak,empty", "hydra.run.dir=runs/check"),
         cwd=home,
     )
-    return Checked(home, answer)
+    return Checked(home, answer, "check")
 
 
 def test_what_was_planted_is_found_with_its_rows(checked: Checked) -> None:
@@ -162,7 +149,7 @@ def test_clean_data_pass(tiny_bert_dir: str, tmp_path: Path) -> None:
     out = succeed(*asking(tiny_bert_dir, data, "check.fail_on=[error,warning,note]", "check.labels=false"))
     assert "Nothing was found." in out
     (folder,) = Path("runs").iterdir()
-    assert re.fullmatch(r"check_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder.name)
+    assert re.fullmatch(r"check_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{6}", folder.name)
 
 
 @pytest.mark.parametrize(

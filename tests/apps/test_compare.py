@@ -7,14 +7,13 @@ import json
 import random
 import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import yaml
-from commands import Answer, call, choices, reviews, succeed, tiny_run, write_csv
+from commands import Made, call, choices, reviews, succeed, tiny_run, write_csv
 from matplotlib.image import imread
 from matplotlib.text import Annotation
 from omegaconf import OmegaConf
@@ -29,24 +28,12 @@ METHODS = ["lora", "broken", "head"]
 RATE = 0.5
 
 
-@dataclass(frozen=True)
-class Compared:
+class Compared(Made):
     """A comparison that was made once for all tests here; ``broken`` is a method that fails when it's injected."""
-
-    home: Path
-    answer: Answer
-
-    @property
-    def folder(self) -> Path:
-        return self.home / "runs" / "compare"
-
-    @property
-    def about(self) -> dict[str, Any]:
-        return json.loads((self.folder / "compare.json").read_text())
 
     @property
     def records(self) -> dict[str, dict[str, Any]]:
-        return {record["method"]: record for record in self.about["records"]}
+        return {record["method"]: record for record in self.record["records"]}
 
     def results(self, method: str) -> dict[str, Any]:
         return json.loads((self.folder / method / "results.json").read_text())
@@ -70,7 +57,7 @@ def compared(tiny_bert_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Co
         patch.setenv("HF_DATASETS_CACHE", str(home / "cache"))
         bar = "trainer.enable_progress_bar=true"
         answer = call(*asking(tiny_bert_dir, data, "trainer.max_epochs=2", bar, *more), cwd=home)
-    return Compared(home, answer)
+    return Compared(home, answer, "compare")
 
 
 # ------------------------------------------------------------------------------------------- a comparison
@@ -157,7 +144,7 @@ def test_one_can_come_back_to_its_runs_and_the_last_is_the_best(compared: Compar
 
 
 def test_what_all_runs_have_in_common_is_written_once(compared: Compared) -> None:
-    about = compared.about
+    about = compared.record
     assert about["data"].endswith("re, views.csv")
     assert "trainer.max_epochs=2" in about["overrides"]
     assert about["versions"]["lightning_ft"] == lightning_ft.__version__
@@ -266,7 +253,9 @@ def test_a_run_for_each_method_and_seed_in_a_folder_of_its_own(
 
 def process(code: str, monkeypatch: pytest.MonkeyPatch, say: Any = lambda line: None) -> tuple[dict[str, Any], str]:
     """Have ``code`` run in the place of a run; returns the record and what is kept of its output."""
-    monkeypatch.setattr(compare, "_TRAIN", code)
+    script = Path("script.py")
+    script.write_text(code, encoding="utf-8")
+    monkeypatch.setattr(compare, "_TRAIN", str(script))
     record = compare._train(compare.Run("lora", 0, Path("run"), []), say)
     return record, (Path("run") / compare.CONSOLE).read_text(encoding="utf-8")
 

@@ -171,7 +171,15 @@ def test_a_rare_label_is_told(tokenizer: PreTrainedTokenizerBase) -> None:
     rare = dict.fromkeys((1, 2, 3), "rare")
     (found,) = examine(with_label(clean(300), "train", rare), tokenizer, 200).findings
     assert (found.kind, found.severity, found.split) == ("imbalance", "warning", "train")
+    assert "with few rows beside" in found.message
     assert "'rare' 3" in found.message
+
+
+def test_of_few_rows_of_every_label_it_is_not_said_that_one_has_more(tokenizer: PreTrainedTokenizerBase) -> None:
+    (found,) = examine({"train": clean(12)["train"]}, tokenizer, 200).findings
+    assert (found.kind, found.severity) == ("imbalance", "note")
+    assert "with fewer than 10 rows" in found.message
+    assert "beside" not in found.message
 
 
 def test_what_is_cut_is_told_with_its_share(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -244,7 +252,7 @@ def test_every_probability_is_of_a_model_that_did_not_see_the_row() -> None:
     assert np.abs(found.own - 0.5).max() < 0.05
     (said,) = suspicious(splits, found)
     assert (said.severity, said.rows) == ("note", ())
-    assert "tell only" in said.message
+    assert "are needed" in said.message
 
 
 def jaccard(a: str, b: str) -> float:

@@ -308,6 +308,40 @@ def test_what_was_added_follows_a_change_of_dtype_but_not_below_fp32(dtype: torc
     assert {p.dtype for p in model.float().parameters()} == {torch.float32}
 
 
+def test_what_is_asked_to_be_held_in_bf16_is_whatever_the_module_is_cast_to() -> None:
+    model = net()
+    attach(model, "0", Shift, 1, values(Shift), torch.bfloat16)
+    attach(model, "0", Scale, 1, values(Scale))
+    of_base = {"weight", "bias"}
+    for dtype, shift, scale in (
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64, torch.float64),
+    ):
+        model.to(dtype)
+        found = {key: p.dtype for key, p in model[0].named_parameters()}
+        assert found == {**dict.fromkeys(of_base, dtype), "offset": shift, "factor": scale, "extra": scale}
+    detach(model, "0", Shift)
+    assert model.bfloat16()[0].factor.dtype == torch.float32
+    detach(model, "0", Scale)
+    assert set(vars(model[0])) == set(vars(net()[0]))
+
+
+def test_another_fit_may_hold_what_is_there_in_another_dtype() -> None:
+    model = tiny.bert_classifier()
+    LoRA(r=2).inject(model)
+    before = {key: model.get_parameter(key) for key in injected_names(model)}
+    LoRA(r=2, adapter_dtype="bfloat16").inject(model)
+    assert {key: model.get_parameter(key) for key in injected_names(model)} == before, "an optimizer holds them"
+    assert {p.dtype for p in before.values()} == {torch.bfloat16}
+    LoRA(r=2).inject(model.to(torch.bfloat16))
+    assert {p.dtype for p in before.values()} == {torch.float32}
+    with pytest.raises(ValueError, match=r"LoRA: adapter_dtype must be one of float32, bfloat16, not 'float16'"):
+        LoRA(adapter_dtype="float16")  # type: ignore[arg-type]
+
+
 def test_a_move_to_another_device_is_followed_in_fp32() -> None:
     model = stacked_with_gradients()
     model.to(device="meta", dtype=torch.bfloat16)

@@ -321,3 +321,30 @@ def test_sources_in_a_batch_are_answered_as_each_alone() -> None:
     (batch,) = pair_batches(3)
     together = answering.predict(model, inputs_of(batch))
     assert together == [row for one in pair_batches(1) for row in answering.predict(model, inputs_of(one))]
+
+
+@pytest.mark.parametrize("kind", [tiny.llama_lm, tiny.gpt2, tiny.opt, tiny.mistral_lm])
+def test_the_loss_in_training_is_that_of_the_logits_which_never_exist(kind: Any) -> None:
+    model, task = kind(), CausalLM("unused", generations=0)
+    ids = torch.randint(1, 12, (3, 8))
+    labels = ids.masked_fill(torch.rand(3, 8) < 0.4, IGNORED)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    wanted = task.loss(task.outputs(model, inputs), labels)
+    widths: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, __, out: widths.append(out.shape[1]))
+    ours = task.training_loss(model, {**inputs, "labels": labels})
+    assert set(widths) == {1}
+    torch.testing.assert_close(ours, wanted)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for mine, other in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(wanted, parameters), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_caps_its_logits_keeps_them() -> None:
+    model, task = tiny.gemma3_lm(final_logit_softcapping=2.0), CausalLM("unused", generations=0)
+    ids = torch.randint(1, 12, (3, 8))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    state = torch.get_rng_state()
+    ours = task.training_loss(model, {**inputs, "labels": ids})
+    assert torch.equal(torch.get_rng_state(), state)  # looking drew nothing, so that a resumed run goes on the same
+    torch.testing.assert_close(ours, task.loss(model(**inputs).logits, ids))

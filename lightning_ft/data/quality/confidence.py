@@ -137,13 +137,14 @@ def suspicious(splits: Splits, found: Confidence | None) -> Iterator[Finding]:
             yield Finding("suspicious_label", "note", next(iter(splits)), (), message)
         return
     if found.left_out:
-        names = ", ".join(found.left_out[:10])
+        names = ", ".join(found.left_out[:10]) + (", …" if len(found.left_out) > 10 else "")
         message = f"Rows with these labels weren't looked at, for each has fewer than {FEWEST}: {names}."
         yield Finding("suspicious_label", "note", next(iter(splits)), (), message)
     if found.reliability < RELIABLE:
         message = (
-            f"No label is called wrong: the base's embeddings tell only {found.reliability:.0%} of them, and for that"
-            f" {RELIABLE:.0%} are asked. A larger base may tell more."
+            "Whether single labels are wrong can't be said: by this base's embeddings only"
+            f" {found.reliability:.0%} of them are told right, and {RELIABLE:.0%} are needed."
+            " A larger base may do better."
         )
         yield Finding("suspicious_label", "note", next(iter(splits)), (), message)
         return

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from lightning_ft.data.quality.duplicates import Place
 from lightning_ft.data.quality.findings import Finding, Severity, Splits, count, excerpt, is_text, numbered
 
-RATIO, FEW = 10.0, 10
+RATIO, FEW = 10, 10
 """Labels are out of balance where one is ten times as frequent as another, or has fewer rows than ten in train."""
 
 
@@ -79,10 +79,13 @@ def imbalance(splits: Splits) -> Iterator[Finding]:
     rare = {name: n for name, n in counts.items() if n * RATIO <= counts[most] or n < FEW}
     if not rare:
         return
-    severity: Severity = "warning" if any(n * RATIO <= counts[most] for n in rare.values()) else "note"
+    rarer = any(n * RATIO <= counts[most] for n in rare.values())
+    severity: Severity = "warning" if rarer else "note"
+    beside = f"few rows beside '{most}' with {counts[most]:,}" if rarer else f"fewer than {FEW} rows"
     named = ", ".join(f"'{name}' {n:,}" for name, n in sorted(rare.items(), key=lambda item: item[1])[:8])
+    named += ", …" if len(rare) > 8 else ""
     message = (
-        f"{count(len(rare), 'label')} of {len(counts)} with few rows beside '{most}' with {counts[most]:,}: {named}."
+        f"{count(len(rare), 'label')} of {len(counts)} with {beside}: {named}."
         " Add rows, weigh them (task.class_weights=balanced), and read macro F1 rather than accuracy."
     )
     yield Finding("imbalance", severity, "train", (), message)

@@ -1,0 +1,158 @@
+"""Dropout on the input of a thin product, without a dropped copy that is kept.
+
+``drop(x) = m ∘ x / (1 - p)``, the entries of m independent and 1 with probability 1 - p. The factor ``1 / (1 - p)``
+is left to the caller, who has another one to fold it into. The classes here are ways of knowing m again in the
+backward pass.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``L R`` in ``dtype``, not rounded in between where the device can do that."""
+    if left.dtype == dtype:
+        return left @ right
+    if left.is_cuda and dtype == torch.float32 and _HAS_OUT_DTYPE:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class Kept:
+    """All of x (rows, n): p is 0.
+
+    Attributes:
+        saved: the tensors that it takes to know m again; they're autograd's to keep in between.
+    """
+
+    def __init__(self, *saved: Tensor) -> None:
+        self.saved = saved
+
+    def times(self, x: Tensor, right: Tensor) -> Tensor:
+        """``(m ∘ x) R``: (rows, n) and (n, r) to (rows, r)."""
+        return x @ right
+
+    def under(self, left: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``L (m ∘ x)`` in ``dtype``: (r, rows) and (rows, n) to (r, n)."""
+        return product(left, x, dtype)
+
+    def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+        """``out += m ∘ (alpha · L R)`` in place: (rows, n), from (rows, r) and (r, n); ``out`` is contiguous."""
+        return out.addmm_(left, right, alpha=alpha)
+
+
+class AllBut(Kept):
+    """All but what lies at some positions (k,) of x as a vector, which ascend.
+
+    They're few. So they are put away, and put back afterwards, around a product that knows nothing of it: that costs
+    a twentieth of what masking all of x does.
+    """
+
+    def times(self, x: Tensor, right: Tensor) -> Tensor:
+        """``(m ∘ x) R``."""
+        return self._without(x, lambda rest: rest @ right)
+
+    def under(self, left: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``L (m ∘ x)``."""
+        return self._without(x, lambda rest: product(left, rest, dtype))
+
+    def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+        """``out += m ∘ (alpha · L R)``."""
+        (dropped,), flat = self.saved, out.view(-1)
+        before = flat.index_select(0, dropped)
+        out.addmm_(left, right, alpha=alpha)
+        flat.scatter_(0, dropped, before)
+        return out
+
+    def _without(self, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+        (dropped,), flat = self.saved, x.data.view(-1)  # .data: x isn't another version of itself afterwards
+        before = flat.index_select(0, dropped)
+        try:
+            flat.scatter_(0, dropped, 0)
+            return product(x.data)
+        finally:
+            flat.scatter_(0, dropped, before)
+
+
+class Masked(Kept):
+    """What a mask (rows, n) of booleans keeps."""
+
+    def times(self, x: Tensor, right: Tensor) -> Tensor:
+        """``(m ∘ x) R``."""
+        return (x * self.saved[0]) @ right
+
+    def under(self, left: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``L (m ∘ x)``."""
+        return product(left, x * self.saved[0], dtype)
+
+    def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+        """``out += m ∘ (alpha · L R)``."""
+        return out.addcmul_(left @ right, self.saved[0], value=alpha)
+
+
+class Seeded(Kept):
+    """What a seed says, with the probability p of being dropped: on a GPU, by a kernel that draws the mask anew."""
+
+    def __init__(self, seed: int, p: float) -> None:
+        super().__init__()
+        self.seed, self.p = seed, p
+
+    def times(self, x: Tensor, right: Tensor) -> Tensor:
+        """``(m ∘ x) R``."""
+        return self._masked(x) @ right
+
+    def under(self, left: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``L (m ∘ x)``."""
+        return product(left, self._masked(x), dtype)
+
+    def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+        """``out += m ∘ (alpha · L R)``."""
+        from lightning_ft.ops.triton_dropout import add_masked_
+
+        return add_masked_(out, left @ right, alpha, self.p, self.seed)
+
+    def _masked(self, x: Tensor) -> Tensor:
+        from lightning_ft.ops.triton_dropout import masked
+
+        return masked(x, self.p, self.seed)
+
+
+def keep(x: Tensor, p: float) -> Kept:
+    """Draw what of ``x`` (rows, n; contiguous) is kept, each entry with probability ``1 - p``."""
+    if p == 0:
+        return _ALL
+    if x.is_cuda and HAS_TRITON and x.numel() < 2**31:
+        return Seeded(int(torch.randint(2**31 - 1, ())), p)  # of the CPU's numbers: nobody waits for the GPU
+    if x.device.type == "cpu" and p <= 0.25 and x.numel() >= 2**14:  # else a mask is as quick
+        return AllBut(positions(x.numel(), p))
+    return Masked(torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p))
+
+
+_ALL = Kept()
+
+
+def positions(n: int, p: float) -> Tensor:
+    """Those of ``0 … n-1`` that independent draws with probability ``p`` choose: (k,), ascending.
+
+    From one to the next it's a geometrically distributed step, ``1 + ⌊ln u / ln(1 - p)⌋`` for a uniform u in (0, 1]:
+    as many draws as there are positions, and not n.
+    """
+    found, last = [], -1
+    while last < n:
+        left = n - last
+        count = int(left * p + 4 * math.sqrt(left * p * (1 - p))) + 8  # rarely too few
+        steps = torch.rand(count).neg_().log1p_().mul_(1 / math.log1p(-p)).long().add_(1)
+        found.append(steps.cumsum_(0).add_(last))
+        last = int(steps[-1])
+    drawn = found[0] if len(found) == 1 else torch.cat(found)
+    return drawn[: int(torch.searchsorted(drawn, n))]

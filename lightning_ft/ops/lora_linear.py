@@ -1,0 +1,168 @@
+"""LoRA on a linear layer as one differentiable function.
+
+    y = W x + b + s · B A drop(x)       x (..., in), W (out, in), A (r, in), B (out, r)
+
+Written as torch operations, autograd saves what each of them needs: the dropped copy of x and its mask, the product
+before it is scaled, casts. Written as one, it saves x, which the layers around it share, and ``A drop(x)``, which is
+thin; the sums are the accumulating products of the BLAS, and dx, dA and dB are
+
+    dh = s · dy B        dA = dhᵀ drop(x)        dB = s · dyᵀ drop(x) Aᵀ        dx = dy W + m ∘ (dh A) / (1 - p)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_ft.ops.dropout import Kept, keep, product
+
+
+class Linear(NamedTuple):
+    """A frozen linear layer.
+
+    Attributes:
+        weight, bias: (out, in), or packed, and (out,).
+        dense: makes the (out, in) of a packed weight.
+        dtype: what it computes in; None for that of the weight.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    dense: Callable[[Tensor], Tensor] | None = None
+    dtype: torch.dtype | None = None
+
+
+def lora_linear(x: Tensor, linear: Linear, a: Tensor, b: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    """``W x + bias + scaling · B A drop(x)``.
+
+    It's computed in one dtype: that of autocast where it's on, else the layer's. Products are summed in fp32 or more,
+    and the sum of both terms is rounded once. The gradients of A and B have the dtype of A and B, and where there's no
+    autocast the result has that of x.
+
+    Args:
+        x: (..., in).
+        linear: the frozen layer; no gradient is computed for its weight.
+        a, b: (r, in) and (out, r).
+        scaling: s, not 0.
+        dropout: p, the probability that an entry of x is left out of the second term.
+
+    Returns:
+        (..., out).
+    """
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else linear.dtype or linear.weight.dtype
+    if torch.compiler.is_compiling():  # it fuses what it sees
+        out = _plainly(x, linear, a, b, scaling, dropout, dtype)
+    elif autocast:
+        with torch.autocast(kind, enabled=False):
+            return _LoRALinear.apply(x, *linear[:3], a, b, scaling, dropout, dtype)
+    else:
+        out = _LoRALinear.apply(x, *linear[:3], a, b, scaling, dropout, dtype)
+    return out if autocast or out.dtype == x.dtype else out.to(x.dtype)
+
+
+def _plainly(
+    x: Tensor, linear: Linear, a: Tensor, b: Tensor, scaling: float, dropout: float, dtype: torch.dtype
+) -> Tensor:
+    low_rank = F.linear(F.linear(F.dropout(x.to(dtype), dropout), a.to(dtype)), b.to(dtype))
+    weight = linear.weight if linear.dense is None else linear.dense(linear.weight)
+    return F.linear(x.to(dtype), weight.to(dtype), _to(linear.bias, dtype)) + scaling * low_rank
+
+
+class _LoRALinear(torch.autograd.Function):
+    # Where layers are small, what Python does here and the kernels that it starts are what a step costs: so s goes
+    # into A, which is cast anyway, and into a product (addmm with beta=0 doesn't read its first argument).
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dense: Callable[[Tensor], Tensor] | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        dropout: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.dense, ctx.dtypes, ctx.s = dense, (x.dtype, a.dtype, b.dtype), scaling / (1 - dropout)
+        sa = a * ctx.s if a.dtype == dtype else torch.mul(a, ctx.s, out=torch.empty_like(a, dtype=dtype))
+        x, b = _to(x, dtype), _to(b, dtype)
+        rows, full, bias = _rows(x), _full(weight, dense, dtype), _to(bias, dtype)
+        ctx.kept = kept = keep(rows, dropout)
+        ctx.merged = dropout == 0 and _pays_to_merge(rows, a, b)
+        if ctx.merged:
+            h = None
+            out = F.linear(rows, torch.addmm(full, b, sa), bias)
+        else:
+            h = kept.times(rows, sa.t())
+            out = F.linear(rows, full, bias).addmm_(h, b.t())
+        ctx.save_for_backward(x, weight, sa, b, h, *kept.saved)
+        kept.saved = ()
+        return out if x.ndim == 2 else out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("LoRA's linear layers have no second derivative (create_graph=True).")
+        if torch.is_autocast_enabled(grad.device.type):
+            with torch.autocast(grad.device.type, enabled=False):
+                return _gradients(ctx, grad)
+        return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, sa, b, h, *saved = ctx.saved_tensors
+    wants_x, _, wants_bias, _, wants_a, wants_b, *_ = ctx.needs_input_grad
+    kept: Kept = type(ctx.kept)(*saved) if saved else ctx.kept
+    rows, grad, (x_dtype, a_dtype, b_dtype) = _rows(x), _rows(grad), ctx.dtypes
+    dx = da = db = dbias = None
+    h = rows @ sa.t() if h is None else h
+    dh = torch.addmm(h, grad, _by_columns(b), beta=0, alpha=ctx.s)
+    if wants_b:  # a BLAS is slow at a result of few columns, on a CPU above all
+        db = product(grad.t(), h, b_dtype) if grad.is_cuda else product(h.t(), grad, b_dtype).t()
+    if wants_a:
+        da = kept.under(dh.t(), rows, a_dtype)
+    if wants_x:
+        full = _full(weight, ctx.dense, grad.dtype)
+        dx = grad @ torch.addmm(full, b, sa) if ctx.merged else kept.add_product_(grad @ full, dh, sa, 1 / ctx.s)
+        dx = _to(dx.view(x.shape), x_dtype)
+    if wants_bias:
+        dbias = grad.sum(0)
+    return dx, None, dbias, None, da, db, None, None, None
+
+
+def _by_columns(b: Tensor) -> Tensor:
+    """``b`` (out, r) stored by columns, where a BLAS is several times slower at a product with few rows."""
+    return b if b.is_cuda or b.numel() < 2**10 else b.t().contiguous().t()
+
+
+def _to(tensor: Any, dtype: torch.dtype) -> Any:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.is_contiguous() else rows.contiguous()
+
+
+def _full(weight: Tensor, dense: Callable[[Tensor], Tensor] | None, dtype: torch.dtype) -> Tensor:
+    """The frozen W (out, in)."""
+    return _to(weight if dense is None else dense(weight), dtype)
+
+
+def _pays_to_merge(rows: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether one product with ``W + s · B A`` is quicker than a thin one beside that with W, and as exact.
+
+    In less than full fp32 the sum would lose what is small in ``B A`` beside W: nearly all of it, early in training.
+    """
+    if rows.is_cuda or rows.dtype.itemsize < 4:
+        return False
+    (_, n), m = a.shape, len(b)
+    return len(rows) * (n + m) > 2 * n * m and torch.get_float32_matmul_precision() == "highest"
