@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lightning_ft.methods.lora import LoRA
     from lightning_ft.methods.prefix import PrefixTuning
     from lightning_ft.methods.prompt import PromptTuning, PTuning
+    from lightning_ft.quantization import dequantize, quantize
     from lightning_ft.tasks.classification import Classification
     from lightning_ft.tasks.finetuner import FineTuner
     from lightning_ft.tasks.language import CausalLM, Seq2SeqLM
@@ -96,10 +97,12 @@ _HOMES = {
     "TextDataModule": "lightning_ft.data.module",
     "TokenClassification": "lightning_ft.tasks.tagging",
     "TopLayers": "lightning_ft.methods.freezing",
+    "dequantize": "lightning_ft.quantization",
     "drop_adapters": "lightning_ft.methods.adapter",
     "load_adapter": "lightning_ft.adapters",
     "load_from_checkpoint": "lightning_ft.adapters",
     "merge": "lightning_ft.adapters",
+    "quantize": "lightning_ft.quantization",
     "save_adapter": "lightning_ft.adapters",
     "unmerge": "lightning_ft.adapters",
 }
@@ -108,6 +111,7 @@ __all__ = [  # noqa: RUF022 - by use
     "LoRA", "AdaLoRA", "Adapter", "IA3", "PromptTuning", "PTuning", "PrefixTuning", "BitFit", "LayerNormTuning",
     "TopLayers", "GradualUnfreezing", "FullFineTuning", "HeadOnly", "FineTuning",
     "merge", "unmerge", "save_adapter", "load_adapter", "load_from_checkpoint", "AdapterBank", "drop_adapters",
+    "quantize", "dequantize",
     "InjectionError",
     "FineTuner", "Classification", "MultiTask", "TextDataModule", "MultiTaskDataModule", "Efficiency",
     "TokenClassification", "Tags", "MultiLabelClassification", "Ordinal", "Regression", "CausalLM", "Seq2SeqLM",

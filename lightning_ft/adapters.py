@@ -37,7 +37,7 @@ from lightning_ft.injection import (
     frozen_parts,
     injected_modules,
     injected_names,
-    is_4bit,
+    is_quantized,
     plain,
     remembering,
     thaw,
@@ -182,9 +182,9 @@ def merge(model: nn.Module, *, reversible: bool = False, dequantize: bool = Fals
         model: the model, or a part of it.
         reversible: keep what :func:`unmerge` needs: the adapted weights as they were (their memory once more) and what
             was added. A merge makes final what was kept of an earlier one.
-        dequantize: make the adapted ones of 4-bit layers dense: each becomes an ``nn.Linear``, in the dtype that it was
-            quantized from, and the merge is as exact as that dtype.
-        max_drift: for 4-bit layers that stay so: how large the error of packing the sums again may be, relative to
+        dequantize: make the adapted ones of quantized layers dense: each becomes an ``nn.Linear``, in the dtype that it
+            was quantized from, and the merge is as exact as that dtype.
+        max_drift: for quantized layers that stay so: how large the error of packing the sums again may be, relative to
             the change itself (‖packed - wanted‖ / ‖wanted - before‖, over all of them). At 1 nothing is left of it.
 
     Returns:
@@ -216,7 +216,7 @@ def merge(model: nn.Module, *, reversible: bool = False, dequantize: bool = Fals
                 folded = packed.pop(name, None) or layer.folded(dense_weight(module))
                 detach(model, name)
                 for key, value in folded.items():
-                    if key == "weight" and is_4bit(module):
+                    if key == "weight" and is_quantized(module):
                         set_weight(module, value)
                     else:
                         getattr(module, key).copy_(value)
@@ -333,7 +333,7 @@ def _check_fold(name: str, layer: Any) -> None:
         NotImplementedError: if it doesn't.
     """
     own_forward = layer._original.forward is not nn.Linear.forward
-    if not (isinstance(layer, nn.Linear) and own_forward) or is_4bit(layer):
+    if not (isinstance(layer, nn.Linear) and own_forward) or is_quantized(layer):
         return
     probe: Any = copy.deepcopy(layer).eval().float()
     x = torch.randn(4, layer.in_features, device=layer.weight.device)
@@ -351,12 +351,13 @@ def _check_fold(name: str, layer: Any) -> None:
 
 def _pack(
     layers: Iterable[tuple[str, Injected]],
-) -> tuple[dict[str, dict[str, Tensor]], list[tuple[float, float]]]:
-    """What is folded of the 4-bit ones among ``layers``, packed again; of each, how large error and change are."""
-    folded, rounding = {}, []
+) -> tuple[dict[str, dict[str, Any]], list[tuple[float, float]]]:
+    """What is folded of the quantized ones among ``layers``, packed again; of each, how large error and change are."""
+    folded: dict[str, dict[str, Any]] = {}
+    rounding = []
     for name, layer in layers:
         module: Any = layer
-        if is_4bit(module):
+        if is_quantized(module):
             folded[name] = layer.folded(dense_weight(module))
             folded[name]["weight"], error, change = repacked(module, folded[name]["weight"])
             rounding.append((error, change))
@@ -364,7 +365,7 @@ def _pack(
 
 
 def _report_drift(rounding: Sequence[tuple[float, float]], max_drift: float) -> None:
-    """Say what packing the merged 4-bit layers again costs, of each the norms of the error and of the change.
+    """Say what packing the merged layers again costs, of each the norms of the error and of the change.
 
     Raises:
         InjectionError: if it's more than ``max_drift``.
@@ -373,7 +374,7 @@ def _report_drift(rounding: Sequence[tuple[float, float]], max_drift: float) -> 
     if not change:
         return
     drift = math.hypot(*(error for error, _ in rounding)) / change
-    found = f"the error of packing {len(rounding)} merged layers into 4 bits again is {drift:.2f} of the change itself"
+    found = f"the error of packing {len(rounding)} merged layers again is {drift:.2f} of the change itself"
     if drift > max_drift:
         raise InjectionError(
             f"Merged, the adapter would be lost: {found} (max_drift={max_drift:g}). merge(model, dequantize=True) makes"

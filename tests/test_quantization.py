@@ -1,4 +1,4 @@
-"""Merging into a base whose linear layers are bitsandbytes' Linear4bit."""
+"""A base in 4 or 8 bits: what is packed and how, training over it, loading into it, merging into it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import lightning_ft
-from lightning_ft import InjectionError, LoRA
-from lightning_ft.injection import injected_modules, injected_names
+from lightning_ft import AdaLoRA, BitFit, Classification, FineTuner, InjectionError, LoRA
+from lightning_ft.callbacks.finetuning import count_parameters
+from lightning_ft.injection import find_base, injected_modules, injected_names, is_quantized
+from lightning_ft.quantization import QuantizationError, dense_weight, to_pack
 
 bnb: Any = pytest.importorskip("bitsandbytes", reason="the quantization extra isn't installed")
 
@@ -43,8 +45,9 @@ def dense(layer: Any) -> Tensor:
     return weight.float().clone()
 
 
-def kinds(model: nn.Module) -> list[type]:
-    return [type(module) for module in model.modules()]
+def kinds(model: nn.Module) -> list[str]:
+    """Our Linear4bit is bitsandbytes', with a forward that changes nothing of it."""
+    return [type(module).__name__ for module in model.modules()]
 
 
 def test_lora_on_4_bits_is_lora_on_the_weights_they_stand_for() -> None:
@@ -140,18 +143,13 @@ def test_a_reversible_merge_brings_the_packed_weights_back(how: dict[str, Any]) 
         each.train()(X).sum().backward()
 
 
-def test_what_reads_the_weight_itself_is_refused_on_4_bits() -> None:
-    for settings in ({"use_dora": True}, {"init_lora_weights": "pissa", "exclude_modules": ["3"]}):
-        with pytest.raises(InjectionError, match=r"compute with W itself, and '0' holds it packed"):
-            LoRA(r=2, backbone=".", target_modules="all-linear", **settings).inject(base())
-    assert LoRA(r=2, backbone=".", target_modules=["3"], use_dora=True).inject(base()) == ["3"]
-
-
-def test_weights_that_were_packed_anew_for_inference_are_refused() -> None:
-    model = base()
-    model[0].weight.quant_state.packing_format_for_cpu = True  # as a forward does on a CPU with AVX512-BF16
-    with pytest.raises(InjectionError, match="packed its 4-bit weights anew"):
-        LoRA(r=2, backbone=".", target_modules=["0"]).inject(model)
+def test_what_bitsandbytes_packed_anew_for_inference_is_taken_back() -> None:
+    model, untouched = base().eval(), base()
+    with torch.no_grad():
+        model(X)  # on a CPU with AVX512-BF16 the weights have another layout now, and can't train
+    LoRA(r=2, backbone=".", target_modules=["0"]).inject(model)
+    for name in ("0", "2"):
+        assert torch.equal(model.get_submodule(name).weight, untouched.get_submodule(name).weight)
 
 
 def test_hugging_faces_own_4_bits_merge_and_come_back(tmp_path: Any) -> None:
@@ -189,3 +187,240 @@ def test_a_bank_over_4_bits_answers_each_row(tmp_path: Any) -> None:
     torch.testing.assert_close(out, torch.stack([alone["0.3"][0], base()(X)[1], alone["0.1"][2]]), atol=1e-5, rtol=1e-5)
     bank.close()
     assert torch.equal(model(X), base()(X))
+
+
+# --------------------------------------------------------------------------------------- packing a base ourselves
+
+
+def packed_names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if is_quantized(module)}
+
+
+def by_hand(weight: Any) -> Tensor:
+    """QLoRA, equation 2: each value is a level times the scale of its block of 64; two levels lie in a byte."""
+    state, scales = weight.quant_state, weight.quant_state.absmax
+    if state.nested:
+        scales = bnb.functional.dequantize_blockwise(scales, state.state2) + state.offset
+    levels = torch.stack([weight.data.flatten() >> 4, weight.data.flatten() & 15], dim=1).flatten().long()
+    values = state.code[levels] * scales.repeat_interleave(state.blocksize)[: len(levels)]
+    return values[: state.shape.numel()].view(state.shape)
+
+
+def as_dense(model: nn.Module) -> nn.Module:
+    """A copy over the weights that the packed ones stand for, by bitsandbytes' own functions or the formula."""
+    copied: Any = copy.deepcopy(model)
+    for name in packed_names(copied):
+        layer = copied.get_submodule(name)
+        plain = nn.Linear(layer.in_features, layer.out_features)
+        if hasattr(layer, "SCB"):  # LLM.int8(), section 2.1
+            plain.weight = nn.Parameter(layer.weight.float() * layer.SCB[:, None] / 127)
+        else:
+            plain.weight = nn.Parameter(by_hand(layer.weight))
+        plain.bias = layer.bias
+        copied.set_submodule(name, plain)
+    return copied
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", {"kind": "nf4", "double": False}], ids=str)
+def test_packed_layers_compute_with_what_they_stand_for_before_and_after_an_evaluation(kind: Any) -> None:
+    model = tiny.bert_classifier(hidden_size=64, intermediate_size=96)
+    pretrained = copy.deepcopy(model)
+    LoRA(r=2, quantize=kind).inject(model)
+    reference: Any = as_dense(model)  # without what was injected
+    for name in packed_names(model):
+        difference = (reference.get_submodule(name).weight - pretrained.get_submodule(name).weight).norm()
+        assert 0 < difference < (0.01 if kind == "int8" else 0.15) * pretrained.get_submodule(name).weight.norm()
+    LoRA(r=2).inject(reference)
+    for each in (model, reference):
+        for _, layer in injected_modules(each):
+            torch.manual_seed(1)
+            nn.init.normal_(layer.lora_A), nn.init.normal_(layer.lora_B)
+
+    def gradients(each: Any) -> dict[str, Tensor]:
+        each.zero_grad()
+        each.train()(input_ids=tiny.TOKENS).logits.square().sum().backward()
+        return {name: p.grad.clone() for name, p in each.named_parameters() if p.requires_grad}
+
+    before, wanted = gradients(model), gradients(reference)
+    torch.testing.assert_close(tiny.logits(model), tiny.logits(reference), atol=1e-5, rtol=1e-4)
+    for name, after in gradients(model).items():
+        assert torch.equal(after, before[name])
+        torch.testing.assert_close(after, wanted[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "variant", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}]
+)
+def test_what_starts_from_the_weight_starts_from_the_packed_one(variant: dict[str, Any]) -> None:
+    model = tiny.bert_classifier()
+    lightning_ft.quantize(model, "nf4")
+    before = tiny.logits(model)
+    LoRA(r=2, **variant).inject(model)
+    torch.testing.assert_close(tiny.logits(model), before, atol=1e-6, rtol=1e-6)
+    layer: Any = next(layer for _, layer in injected_modules(model))
+    if "use_dora" in variant:
+        torch.testing.assert_close(layer.lora_magnitude_vector.data, by_hand(layer.weight).norm(dim=1))
+
+
+def test_only_linear_layers_of_the_frozen_base_are_packed() -> None:
+    bert = tiny.bert_classifier()
+    LoRA(r=2, quantize="nf4", modules_to_save=["pooler"]).inject(bert)
+    linear = {name for name, module in bert.named_modules() if isinstance(module, nn.Linear)}
+    assert packed_names(bert) == linear - {"bert.pooler.dense", "classifier"}
+    assert {n for n, p in bert.named_parameters() if p.requires_grad} == injected_names(bert) | {
+        f"{name}.{key}" for name in ("bert.pooler.dense", "classifier") for key in ("weight", "bias")
+    }
+    lm = tiny.llama_lm()
+    assert not any(name.startswith("lm_head") for name in to_pack(find_base(lm)))
+    t5 = tiny.t5()
+    before = tiny_t5(t5)
+    lightning_ft.quantize(t5, "int8")  # its feed-forward casts to the dtype of wo
+    assert packed_names(t5)
+    assert not any(name.endswith(".wo") for name in packed_names(t5))
+    torch.testing.assert_close(tiny_t5(t5), before, atol=0.3, rtol=0.05)
+
+
+def tiny_t5(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tiny.TOKENS, decoder_input_ids=tiny.TOKENS).logits
+
+
+def test_torchs_own_encoder_evaluates_as_it_trains() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    model = nn.Sequential(encoder, nn.Linear(16, 3))
+    BitFit(backbone="0", target_modules=["norm1"], quantize="int8").inject(model)  # injects nothing
+    assert packed_names(model) == {f"0.layers.{i}.{name}" for i in (0, 1) for name in ("linear1", "linear2")}
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), model.train()(x), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_biases_of_packed_layers_train_in_fp32_whatever_is_computed_in(kind: str) -> None:
+    model, plain = tiny.bert_classifier(), tiny.bert_classifier()
+    BitFit(quantize=kind).inject(model)
+    reference: Any = as_dense(model)
+    for each in (model, reference):
+        with torch.autocast("cpu", torch.bfloat16):
+            each.train()(input_ids=tiny.TOKENS).logits.square().sum().backward()
+    for name, parameter in plain.named_parameters():
+        ours, wanted = model.get_parameter(name), reference.get_parameter(name)
+        if name.endswith("bias"):
+            assert ours.dtype == torch.float32
+            assert torch.equal(ours, parameter), "not rounded"
+            torch.testing.assert_close(ours.grad, wanted.grad, atol=2e-2, rtol=0.1)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (5, 16), (3, 48), (64, 96), (3, 65), (64, 172), (7, 64)])
+def test_a_block_that_reaches_into_two_rows_has_one_scale(shape: tuple[int, int]) -> None:
+    model = nn.Sequential(nn.Linear(shape[1], shape[0]), nn.Linear(shape[0], 2))
+    lightning_ft.quantize(model, {"kind": "nf4", "double": False}, backbone="0")
+    layer: Any = model[0]
+    torch.testing.assert_close(dense_weight(layer), by_hand(layer.weight), atol=1e-6, rtol=1e-6)
+    x = torch.randn(4, shape[1])
+    torch.testing.assert_close(layer(x), x @ by_hand(layer.weight).T + layer.bias, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("nf4", 0.14), ("fp4", 0.14), ("int8", 0.26)])
+def test_the_memory_of_a_packed_base_and_its_true_counts(kind: str, share: float) -> None:
+    model = tiny.bert_classifier(hidden_size=384, intermediate_size=1536)
+    counts, linears = count_parameters(model), to_pack(find_base(model))
+    whole = sum(model.get_submodule(name).weight.numel() * 4 for name in linears)
+    lightning_ft.quantize(model, kind)
+    held = sum(
+        value.numel() * value.element_size()
+        for key, value in model.state_dict().items()
+        if any(key.startswith(f"{name}.") for name in linears) and not key.endswith(".bias") and "_map" not in key
+    )  # the levels are the same for all layers
+    assert held / whole < share
+    assert count_parameters(model)[0] == counts[0]
+
+
+def test_a_refused_method_leaves_the_base_dense() -> None:
+    import foreign
+
+    module = foreign.make(foreign.BertInInit)
+    before, state = kinds(module), {key: value.clone() for key, value in module.state_dict().items()}
+    methods = LoRA(r=2, quantize="nf4"), AdaLoRA(target_modules=["nothing_like_it"])
+    with pytest.raises(InjectionError, match="nothing_like_it"):
+        foreign.trainer(*methods).fit(module)
+    assert kinds(module) == before
+    assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_what_cannot_be_packed_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("nf5", {"double": True}, {"kind": "nf4", "bits": 4}):
+        with pytest.raises(QuantizationError, match="must be one of nf4, fp4, int8"):
+            LoRA(quantize=wrong)  # type: ignore[arg-type]
+    with pytest.raises(QuantizationError, match=r"GPT2LMHeadModel has no nn.Linear.*precision=bf16-mixed"):
+        lightning_ft.quantize(tiny.gpt2(), "nf4")
+    adapted_ = tiny.bert_classifier()
+    LoRA(r=2).inject(adapted_)
+    with pytest.raises(InjectionError, match="carries an adapter over its dense weight: merge or remove"):
+        lightning_ft.quantize(adapted_, "nf4")
+    other = tiny.bert_classifier()
+    lightning_ft.quantize(other, "int8")
+    with pytest.raises(InjectionError, match="is packed already, and not as"):
+        LoRA(r=2, quantize="nf4").inject(other)
+    with pytest.raises(InjectionError, match=r"pooler.dense.weight', which is packed into 4 or 8 bits and can't train"):
+        LoRA(r=2, modules_to_save=["pooler"]).inject(other)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(QuantizationError, match=r"pip install 'lightning-ft\[quantization\]'"):
+        LoRA(r=2, quantize="nf4").inject(tiny.bert_classifier())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_weights_packed_as_they_are_read_are_those_packed_in_place(kind: str, tiny_bert_dir: str) -> None:
+    torch.manual_seed(0)
+    read = FineTuner(tiny_bert_dir, Classification(["no", "yes"]), quantize=kind)
+    torch.manual_seed(0)
+    module = FineTuner(tiny_bert_dir, Classification(["no", "yes"]))
+    lightning_ft.quantize(module, kind)
+    assert packed_names(read) == packed_names(module) != set()
+    for name in packed_names(read):
+        ours, theirs = (dense_weight(each.get_submodule(name)) for each in (module, read))
+        # Hugging Face tells the scales of 8 bits in fp16.
+        torch.testing.assert_close(ours, theirs, atol=0 if kind == "nf4" else 2e-3, rtol=0)
+    assert {type(m).__name__ for m in read.modules()} == {type(m).__name__ for m in module.modules()}
+    with pytest.raises(ValueError, match="this model is there already"):
+        FineTuner(module.model, Classification(["no", "yes"]), quantize=kind)
+
+
+def test_8_bits_take_a_merge_that_4_bits_would_lose() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
+    LoRA(r=4, target_modules="all-linear", backbone=".", quantize="int8").inject(model)
+    for _, layer in injected_modules(model):
+        nn.init.normal_(layer.lora_B, std=0.02)
+    out = model(X)
+    lightning_ft.merge(model, reversible=True, max_drift=0.3)
+    assert packed_names(model) == {"0", "2"}
+    torch.testing.assert_close(model(X), out, atol=2e-2, rtol=2e-2)
+    lightning_ft.unmerge(model)
+    assert torch.equal(model(X), out)
+
+
+def test_adamw_in_8_bits_resumes_to_the_bit(tmp_path: Any) -> None:
+    import foreign
+
+    class Wide(foreign.BertInInit):  # whose tensors are large enough to have their state in 8 bits
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny.bert_classifier(hidden_size=64, intermediate_size=64).train()
+
+        def configure_optimizers(self) -> Any:
+            return bnb.optim.AdamW8bit(self.parameters(), lr=1e-2)
+
+    def fit(epochs: int, **more: Any) -> Any:
+        module, run = foreign.make(Wide), foreign.trainer(LoRA(r=64), max_epochs=epochs)
+        run.fit(module, **more)
+        run.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module, run
+
+    whole, run = fit(3)
+    state = next(iter(run.optimizers[0].state.values()))
+    assert state["state1"].dtype == torch.uint8
+    fit(2)
+    resumed, _ = fit(3, ckpt_path=tmp_path / "2.ckpt")
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())

@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str] | None] = {
     "general": set(),
     "callbacks": {"injection", "files", "quantization", "reporting", "general"},
     "methods": {"injection", "ops", "quantization", "callbacks.finetuning", "reporting"},
-    "tasks": {"ops", "reporting", "optim", "injection", "general"},
+    "tasks": {"ops", "reporting", "optim", "injection", "quantization", "general"},
     "optim": {"injection", "reporting", "tasks.pretrained"},
     "data": {"reporting", "optim", "tasks.pretrained"},
     "adapters": {"methods", "files", "injection", "callbacks", "quantization"},

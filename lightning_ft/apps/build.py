@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_ft.apps import precision
 from lightning_ft.apps.errors import RequestError
 from lightning_ft.callbacks.checkpointing import GradientCheckpointing
 from lightning_ft.callbacks.compile import Compile
@@ -68,16 +69,20 @@ def savers(config: DictConfig) -> list[L.Callback]:
 def finetuner(config: DictConfig, facts: Mapping[str, Any]) -> FineTuner:
     """The module: the model with the task's head, the optimizer, the schedule and the penalties.
 
+    How precise products of fp32 are is set here too, for the process.
+
     Args:
         config: of the run.
         facts: what the task must know of the data, under the names of its arguments.
     """
+    torch.set_float32_matmul_precision(config.get("matmul_precision", "highest"))  # older runs' configs have none
     task = instantiate(config.task, **facts, _convert_="all")
     optimizer = instantiate(config.optimizer, _convert_="all")
     scheduler = instantiate(config.scheduler, _convert_="all")
     ratio = config.get("head_lr_ratio", 1.0)  # older runs' configs have none
     penalties = list(instantiate(config.get("regularizer") or {}, _convert_="all").values())  # older runs have none
-    return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay, ratio, penalties)
+    quantize: Any = OmegaConf.to_container(packed) if (packed := config.get("quantize")) else None  # older runs: none
+    return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay, ratio, penalties, quantize)
 
 
 def check(config: DictConfig) -> None:
@@ -88,6 +93,7 @@ def check(config: DictConfig) -> None:
         raise RequestError(f"latency must be a whole number of rounds, 0 for none, not {config.latency}.")
     if config.data.get("streaming") and config.trainer.max_steps < 1:
         raise RequestError("streamed data has no length: say when training ends, trainer.max_steps=...")
+    precision.check(config)
     savers(config)
 
 
@@ -112,12 +118,17 @@ def quiet_trainer(config: DictConfig, **arguments: Any) -> L.Trainer:
     """A Trainer for evaluation that leaves nothing behind, on the accelerator and in the precision of a run.
 
     Args:
-        config: the run's. On a machine without its accelerator it's the one that there is.
+        config: the run's. On a machine without its accelerator it's the one that there is, on a CPU in fp32 what was
+            trained in fp16.
         arguments: more of the Trainer's, or others than the run's.
     """
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "devices": 1}
     of_run = {key: config.trainer[key] for key in ("accelerator", "precision") if key in config.trainer}
     arguments = {**quiet, "enable_progress_bar": False, **of_run, **arguments}
+    if precision.device_of("auto") == "cpu":
+        arguments["accelerator"] = "cpu"
+        if str(arguments.get("precision")).startswith("16"):
+            arguments["precision"] = "32-true"
     try:
         return L.Trainer(**arguments)
     except MisconfigurationException:
@@ -151,6 +162,7 @@ def tidy_messages(level: int) -> None:
 
     Among it the advice to use worker processes: texts are tokenised beforehand, and those would only cost.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels to be downloaded
     logging.getLogger("lightning").handlers.clear()  # it passes them on to the root's handlers as well
     messages = logging.getLogger("lightning.pytorch")
     messages.setLevel(level)

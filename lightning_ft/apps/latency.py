@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_ft import merge
 from lightning_ft.data.module import TextDataModule
-from lightning_ft.injection import twin
+from lightning_ft.injection import InjectionError, twin
 from lightning_ft.tasks.finetuner import FineTuner
 from lightning_ft.tasks.task import inputs_and_labels
 
@@ -38,7 +38,7 @@ def measure(module: FineTuner, data: TextDataModule, trainer: L.Trainer, rounds:
         ``quartiles``: of the ratio. ``batch_size``. ``merged``: None if there was nothing to.
     """
     merged: bool | None = False
-    with contextlib.suppress(NotImplementedError):
+    with contextlib.suppress(NotImplementedError, InjectionError):  # packed, it would be lost in the rounding
         merged = bool(merge(module)) or None
     device = trainer.strategy.root_device
     module.to(device).eval()

@@ -32,6 +32,7 @@ def main(config: DictConfig) -> None:
     from lightning_ft.callbacks.finetuning import count_parameters
     from lightning_ft.files import peft
     from lightning_ft.files.card import model_card
+    from lightning_ft.quantization import dequantize
     from lightning_ft.tasks.pretrained import load_pretrained, quietly
 
     build.register_resolvers()
@@ -50,11 +51,12 @@ def main(config: DictConfig) -> None:
         trainer = build.quiet_trainer(settings, precision="32-true", limit_predict_batches=config.batches)
         unmerged, rows = _values(trainer, module, data)
         try:
-            lightning_ft.merge(module)
+            lightning_ft.merge(module, dequantize=True)
         except NotImplementedError as error:
             raise RequestError(
                 f"{error} Export it, and load it over its base: lightning-ft export run={run} out={out}"
             ) from error
+        dequantize(module.model)  # what no adapter was on; a plain model needs no bitsandbytes
         parameters, _ = count_parameters(module)
         facts = runs.card_facts(settings, runs.load_results(folder))
         card = model_card(peft.describe_base(module.model), parameters, "transformers", facts)
@@ -71,9 +73,11 @@ def main(config: DictConfig) -> None:
                 f" kept in {kind}, and what is added to them is rounded to that."
                 " If it will do: tolerance=1."
             )
+    packed = settings.get("quantize")
+    was = f", dense where the run had them packed into {packed.kind}" if packed else ""
     compared = f"on {rows:,} test rows no {module.task.compared} differs by more than {_up(change):.1g}"
     report.console.print(
-        f"{folder} is merged in {out}: {type(module.model).__name__}, {parameters:,} parameters;"
+        f"{folder} is merged in {out}: {type(module.model).__name__}, {parameters:,} parameters{was};"
         f" {compared if rows else 'not compared with the run'}.",
         markup=False,
         soft_wrap=True,

@@ -166,5 +166,6 @@ def _training(config: DictConfig, results: Mapping[str, Any]) -> dict[str, Any]:
         "batch size": chosen("data.batch_size"),
         "batches accumulated": chosen("trainer.accumulate_grad_batches"),
         "precision": chosen("trainer.precision"),
+        "base packed into": chosen("quantize.kind"),
         "seed": chosen("seed"),
     }

@@ -51,7 +51,7 @@ def train(config: DictConfig) -> float:
     from hydra.core.hydra_config import HydraConfig
 
     from lightning_ft import save_adapter
-    from lightning_ft.apps import build, ranks, runs
+    from lightning_ft.apps import build, precision, ranks, runs
 
     folder, name = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().runtime.choices["method"]
     ranks.check_folder()
@@ -59,6 +59,8 @@ def train(config: DictConfig) -> float:
         runs.refuse_used(folder)
     build.check(config)
     config.optimizer.lr = build.rate(config, name)
+    for advice in precision.advice(config):
+        log.warning(advice)
     log.info("Base: %s", config.model.name)  # before the data, whose tokenizer is the model's
     data = build.datamodule(config)
     found, curve = _prepare(config, data, folder)

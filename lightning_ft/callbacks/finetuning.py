@@ -40,7 +40,9 @@ from lightning_ft.injection import (
     find_base,
     injected_modules,
     is_thawed,
+    match_modules,
 )
+from lightning_ft.quantization import Quantization, count, pack, settle
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,9 @@ class FineTuning(Callback, ABC):
             no mention.
         backbone: path of the pretrained base in the module; found by itself where there is just one
             Hugging Face model (see :func:`lightning_ft.injection.find_base`).
+        quantize: pack the frozen base before the method goes on: ``"nf4"``, ``"fp4"``, ``"int8"``, or
+            ``{"kind": "nf4", "double": False}`` (:mod:`lightning_ft.quantization`). It needs bitsandbytes. A base that
+            was loaded packed needs no word here.
         adapter_dtype: what holds the parameters that the method adds, whatever ``precision`` says: ``"float32"``, in
             which small updates aren't lost, or to save memory ``"bfloat16"`` (PEFT has fp32 masters by default too,
             ``autocast_adapter_dtype``). They compute in it, unless autocast says otherwise.
@@ -80,13 +85,16 @@ class FineTuning(Callback, ABC):
         self,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
+        quantize: str | Mapping[str, Any] | None = None,
         *,
         adapter_dtype: AdapterDtype = "float32",
     ) -> None:
         check_choice(f"{type(self).__name__}: adapter_dtype", adapter_dtype, get_args(AdapterDtype))
         self.modules_to_save = modules_to_save
         self.backbone = backbone
+        self.quantize = quantize
         self.adapter_dtype: AdapterDtype = adapter_dtype
+        self._quantization = None if quantize is None else Quantization.of(quantize)
         self._told = False  # what injection did, once for fit, validate and test
         self._norms: list[nn.Module] = []  # frozen ones, which evaluate while a batch trains
         self._evaluated: list[nn.Module] = []  # those of them that were in training mode
@@ -108,6 +116,9 @@ class FineTuning(Callback, ABC):
     decides_alone: ClassVar[bool] = False
     """Whether it says of every parameter of the base if it trains, so that no second method can."""
 
+    trains_of_base: ClassVar[Literal["nothing", "vectors", "weights"]] = "nothing"
+    """What of the base's own it trains by itself: its vectors (biases, norms), or its weights, which packed can't."""
+
     @abstractmethod
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base and put the method into ``model``, in place. Doing it twice is doing it once.
@@ -121,6 +132,16 @@ class FineTuning(Callback, ABC):
         Raises:
             InjectionError: if the base or the targets can't be found, or were injected with other settings.
         """
+
+    def prepare(self, model: nn.Module) -> tuple[Base, list[str]]:
+        """The base that the method goes into, quantized if so asked, and what of it ``modules_to_save`` names."""
+        base = find_base(model, self.backbone)
+        saved = match_modules(base, self.modules_to_save)
+        if self._quantization is None:
+            settle(base)
+        else:
+            pack(base, self._quantization, saved)
+        return base, saved
 
     @property
     def added_dtype(self) -> torch.dtype:
@@ -365,8 +386,8 @@ def describe(model: nn.Module, names: Sequence[str]) -> str:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """The numbers of all and of trained parameters of ``model``."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """The numbers of all and of trained parameters of ``model``; packed ones count as what they stand for."""
+    sizes = [(count(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 

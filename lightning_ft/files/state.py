@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ft.errors import UserError
-from lightning_ft.injection import Base, injected_names, plain
+from lightning_ft.injection import Base, injected_names, is_quantized, plain
 
 
 class StateError(UserError, RuntimeError):
@@ -97,7 +97,9 @@ def complete_state(
     Raises:
         StateError: if one of the keys ``ours``, which a method trains, has no value in ``state``.
     """
-    live = model.state_dict()
+    # Of a packed weight a state dict tells more than it loads.
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    live = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[0] in modules}
     names = {plain(key): key for key in live}  # whether modules were compiled then or are now
     state = {names.get(plain(key), key): value for key, value in state.items()}
     # The rest is for strict loading to tell, after the module's own on_load_checkpoint.
@@ -108,21 +110,24 @@ def complete_state(
             " It was saved from another model or without this method. To start from a bare model's checkpoint,"
             " load it into the module first (MyModule.load_from_checkpoint), then fit without ckpt_path."
         )
-    return {**{key: live[key] for key in frozen if key not in state}, **state}
+    return {**{key: live[key] for key in frozen if key not in state and key in live}, **state}
 
 
 def fingerprint(base: Base, samples: int = 64) -> dict[str, str]:
     """A short hash of the pretrained weights, to tell whether an adapter meets the base it was trained on.
 
-    Reads ``samples`` evenly spaced values of each frozen parameter, so that it costs the same for any size.
+    Reads ``samples`` evenly spaced values of each frozen parameter, so that it costs the same for any size. Packed
+    weights are left out: two devices round them differently.
 
     Returns:
         The hash, and the weights' dtypes; hashes of different dtypes can't be compared.
     """
     digest, dtypes = hashlib.sha256(), set()
     for name, parameter in _frozen_parameters(base):
-        digest.update(plain(name).encode() + _samples(parameter, samples).numpy().tobytes())
         dtypes.add(str(parameter.dtype))
+        path, _, own = name.rpartition(".")
+        if own != "weight" or not is_quantized(base.root.get_submodule(path)):
+            digest.update(plain(name).encode() + _samples(parameter, samples).numpy().tobytes())
     return {"sha256": digest.hexdigest(), "dtypes": " ".join(sorted(dtypes))}
 
 

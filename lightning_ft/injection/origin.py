@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ft.injection.surgery import Injected, injected_names, twin
-from lightning_ft.injection.targets import Base, InjectionError, is_4bit
+from lightning_ft.injection.targets import Base, InjectionError, is_quantized
 
 
 class Origin:
@@ -88,9 +88,9 @@ def refuse_unfoldable(base: Base, who: str) -> None:
                     f"{who} compares weights, and {mixin.method} changes the {mixin.acts_on} of '{path}'. Use a penalty"
                     " that compares outputs: KL, Replay."
                 )
-        if is_4bit(layer):
+        if is_quantized(layer):
             raise InjectionError(
-                f"{who} compares weights, and those of '{path}' are packed into 4 bits. Use a penalty that compares"
+                f"{who} compares weights, and those of '{path}' are packed. Use a penalty that compares"
                 " outputs: KL, Replay."
             )
 

@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from types import FunctionType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.injection.targets import Base, InjectionError, exactly, is_4bit, parent_of, resolve_targets
+from lightning_ft.injection.targets import Base, InjectionError, exactly, is_quantized, parent_of, resolve_targets
 
 _FROZEN = "_frozen_by_lightning_ft"
 _THAWED = "_thawed_by_lightning_ft"
@@ -219,7 +219,7 @@ def attach(
     for key in mixin.keeps:
         module.register_buffer(key, tensors[key].to(device=device, dtype=dtype))
     module.held_in = {**module.held_in, mixin.slot: dtype}
-    _leave_fast_path(model, name)
+    leave_fast_path(model, name)
 
 
 def carries(model: nn.Module, name: str, mixin: type[Injected], settings: Any) -> bool:
@@ -392,6 +392,7 @@ def freeze_base(base: Base, method: str, saved: Sequence[str] = (), parameters: 
     """
     _refuse_adapted(base, method, saved)
     trained = _trained(base, saved, parameters)
+    refuse_packed(base, trained, method)
     record = vars(base.root).get(_FROZEN) or {"parts": [], "parameters": [], "trained": {}}
     before = record["trained"].get(method, trained)
     of_others = {name for other, names in record["trained"].items() if other != method for name in names}
@@ -415,6 +416,23 @@ def freeze_base(base: Base, method: str, saved: Sequence[str] = (), parameters: 
     unfreeze(base.root.get_submodule(name) for name in saved)
     for name in parameters:
         base.root.get_parameter(name).requires_grad_(True)
+
+
+def refuse_packed(base: Base, names: Iterable[str], method: str) -> None:
+    """Raise InjectionError if one of the parameters that ``method`` is to train is packed into a few bits."""
+    for name in names:
+        module = base.root.get_submodule(name.rpartition(".")[0])
+        if name.endswith(".weight") and is_quantized(module):
+            raise InjectionError(
+                f"{method} is to train '{name}', which is packed into 4 or 8 bits and can't train. Load the model"
+                " without quantization, or use a method that trains beside frozen weights: LoRA and its kin, AdaLoRA,"
+                " Adapter, IA3, prompts, BitFit, LayerNormTuning, HeadOnly."
+            )
+
+
+def trained_names(base: Base) -> set[str]:
+    """The parameters of the base, by their names in its root, that methods train so far."""
+    return {name for names in vars(base.root).get(_FROZEN, {"trained": {}})["trained"].values() for name in names}
 
 
 def _refuse_adapted(base: Base, method: str, saved: Sequence[str]) -> None:
@@ -520,7 +538,8 @@ class _Before:
         """Keep what ``module`` hasn't any more: attributes and tensors that are gone, values written over."""
         now: dict[str, Any] = {**module._parameters, **module._buffers}
         gone = {key for key, tensor in self.tensors.items() if now.get(key) is not tensor}
-        self.attributes = {key: v for key, v in self.attributes.items() if vars(module).get(key) is not v}
+        own = vars(module)
+        self.attributes = {key: v for key, v in self.attributes.items() if key not in own or own[key] is not v}
         self.values = {key: v for key, v in self.values.items() if key not in gone and not torch.equal(v, now[key])}
         self.tensors = {key: self.tensors[key] for key in self.tensors if key in gone}
 
@@ -581,7 +600,7 @@ def bring_back(model: nn.Module) -> list[str]:
         vars(module).pop(_THAWED, None)
         vars(module).pop(_BEFORE).put_back(module)
         if isinstance(module, Injected):
-            _leave_fast_path(model, name)
+            leave_fast_path(model, name)
     return [name for name, module in changed if isinstance(module, Injected)]
 
 
@@ -593,25 +612,27 @@ def forget(model: nn.Module) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Take off what was injected, thaw what was frozen and tie what was untied within the block if it raises."""
-    carried = {module: module._mixins for _, module in injected_modules(model)}
-    held = [(module, dict(module._parameters)) for module in model.modules()]
+    """Put every module of ``model`` back as it was before the block if that raises: its class, its attributes.
+
+    So what was injected is off, what was frozen thawed, what was untied tied, and what was packed dense.
+    """
+    held = [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    marked = [(m, copy.deepcopy(vars(m)[_FROZEN])) for m in model.modules() if _FROZEN in vars(m)]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    marks = (_FROZEN, _THAWED)
-    marked = [(m, copy.deepcopy({key: vars(m)[key] for key in marks if key in vars(m)})) for m in model.modules()]
     try:
         yield
     except BaseException:
-        for name, module in list(injected_modules(model)):
-            for mixin in module._mixins:
-                if mixin not in carried.get(module, ()):
-                    detach(model, name, mixin)
-        for part, parameters in held:
-            part._parameters.update(parameters)
-        for owner, own in marked:
-            for key in marks:
-                vars(owner).pop(key, None)
-            vars(owner).update(own)
+        for module, kind, attributes, parameters, buffers in held:
+            module.__class__ = kind
+            for now, before in (
+                (vars(module), attributes),
+                (attributes["_parameters"], parameters),
+                (attributes["_buffers"], buffers),
+            ):
+                now.clear()
+                now.update(before)
+        for owner, mark in marked:
+            setattr(owner, _FROZEN, mark)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         raise
@@ -693,11 +714,6 @@ def check_attachable(model: nn.Module, name: str, mixin: type[Injected]) -> None
             f"'{name}' can't be adapted: its forward was replaced on the instance (accelerate's device_map"
             " or offloading does so), and what is injected would never run. Load the model without it."
         )
-    if is_4bit(module) and getattr(cast(Any, module).weight.quant_state, "packing_format_for_cpu", False):
-        raise InjectionError(
-            f"'{name}' can't be adapted: a forward in eval mode has packed its 4-bit weights anew for this CPU"
-            " (bitsandbytes does so, and they can't train then). Inject before the first forward: load the model again."
-        )
 
 
 def _refuse_computed(root: nn.Module, names: Sequence[str], method: str) -> None:
@@ -727,13 +743,12 @@ def _refuse_tied(root: nn.Module, names: Sequence[str], method: str) -> None:
 
 
 # In eval mode torch's TransformerEncoderLayer hands its weights to one fused kernel and calls no forward of
-# its parts; what is injected there would be skipped, in evaluation only. bitsandbytes' Linear4bit packs its weights
-# anew in place on some CPUs, and can't train or be merged any more. These attributes switch that off.
+# its parts; what is injected there would be skipped, in evaluation only, and packed weights misread. These attributes
+# switch that off.
 _FAST_PATH = {
     nn.TransformerEncoder: "use_nested_tensor",
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
 }
-_REPACKING = "support_avx512bf16_for_cpu"
 _SAVED = "_fast_path_before_injection"
 
 
@@ -744,11 +759,10 @@ def _fast_paths_around(model: nn.Module, name: str) -> Iterator[tuple[nn.Module,
         for kind, switch in _FAST_PATH.items():
             if isinstance(ancestor, kind):
                 yield ancestor, switch
-    if hasattr(module := model.get_submodule(name), _REPACKING):
-        yield module, _REPACKING
 
 
-def _leave_fast_path(model: nn.Module, name: str) -> None:
+def leave_fast_path(model: nn.Module, name: str) -> None:
+    """Have the modules around the one at ``name`` call its forward, in evaluation too."""
     for module, switch in _fast_paths_around(model, name):
         if _SAVED not in vars(module):
             setattr(module, _SAVED, getattr(module, switch))
@@ -757,6 +771,7 @@ def _leave_fast_path(model: nn.Module, name: str) -> None:
 
 def _return_to_fast_path(model: nn.Module, name: str) -> None:
     for module, switch in _fast_paths_around(model, name):
-        if _SAVED in vars(module) and not any(injected_modules(module)):
+        held = any(isinstance(part, Injected) or is_quantized(part) for part in module.modules())
+        if _SAVED in vars(module) and not held:
             setattr(module, switch, getattr(module, _SAVED))
             delattr(module, _SAVED)

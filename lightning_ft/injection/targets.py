@@ -268,9 +268,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(c.__qualname__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
 
 
-def is_4bit(module: nn.Module) -> bool:
-    """Whether its weight is packed into 4 bits (bitsandbytes' ``Linear4bit``, once it's on its device)."""
-    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+def is_quantized(module: nn.Module) -> bool:
+    """Whether its weight is packed into 4 or 8 bits (a layer of bitsandbytes, once it's on its device)."""
+    weight = getattr(module, "weight", None)
+    packed = getattr(weight, "quant_state", None) is not None
+    return packed or (isinstance(weight, nn.Parameter) and not weight.is_floating_point())
 
 
 def parent_of(model: nn.Module, name: str) -> nn.Module:
@@ -316,7 +318,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _all_linear(base: Base, names: dict[str, nn.Module], supported: Callable[[nn.Module], bool]) -> list[str]:
-    output = _output_embeddings(base.root)
+    output = output_embeddings(base.root)
     # A bare trunk computes its pooler, but whether the user's head reads it can't be seen from here, and a
     # parameter without a gradient fails under DDP. Name it ("pooler.dense") where it is read.
     unread = "pooler" if "" in base.frozen else None
@@ -393,7 +395,8 @@ def is_pretrained_model(module: nn.Module) -> bool:
     )
 
 
-def _output_embeddings(root: nn.Module) -> nn.Module | None:
+def output_embeddings(root: nn.Module) -> nn.Module | None:
+    """The head of a Hugging Face language model, which was pretrained with it."""
     return root.get_output_embeddings() if is_pretrained_model(root) else None  # type: ignore[operator]
 
 
@@ -415,7 +418,7 @@ _HEAD_NAMES = {"classifier", "classification_head", "qa_outputs", "score", "head
 
 def _new_heads(root: nn.Module) -> set[str]:
     """The children of a Hugging Face model that a task adds, and that no pretraining knows."""
-    if _output_embeddings(root) is not None:  # a language model, pretrained with its head
+    if output_embeddings(root) is not None:  # a language model, pretrained with its head
         return set()
     trunk = getattr(root, "base_model", root)
     if trunk is not root:

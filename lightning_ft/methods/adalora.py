@@ -39,7 +39,6 @@ from lightning_ft.injection import (
     inject_layers,
     injected_modules,
     is_conv1d,
-    match_modules,
     plain,
     resolve_targets,
 )
@@ -365,7 +364,7 @@ class AdaLoRA(FineTuning):
         orth_reg_weight: weight of the penalty.
         total_step: the number of optimizer steps; by default what the Trainer's own settings amount to. Give it where
             they don't tell: data of unknown length, manual optimization that doesn't step at each batch.
-        modules_to_save, backbone, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range; in ``fit``, if the number of steps is unknown or the schedule
@@ -397,9 +396,10 @@ class AdaLoRA(FineTuning):
         total_step: int | None = None,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
+        quantize: str | Mapping[str, Any] | None = None,
         adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone, adapter_dtype=adapter_dtype)
+        super().__init__(modules_to_save, backbone, quantize, adapter_dtype=adapter_dtype)
         check_count("AdaLoRA: init_r", init_r)
         check_count("AdaLoRA: target_r", target_r)
         steps = {"tinit": (tinit, 0), "tfinal": (tfinal, 0), "deltaT": (deltaT, 1), "total_step": (total_step, 1)}
@@ -427,8 +427,7 @@ class AdaLoRA(FineTuning):
 
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base and put AdaLoRA into it; see :meth:`FineTuning.inject`."""
-        base = find_base(model, self.backbone)
-        saved = match_modules(base, self.modules_to_save)
+        base, saved = self.prepare(model)
         names = resolve_targets(
             base,
             self.target_modules,

@@ -59,7 +59,6 @@ from lightning_ft.injection import (
     injected_modules,
     is_conv1d,
     layer_numbers,
-    match_modules,
     plain,
     resolve_targets,
 )
@@ -298,7 +297,7 @@ class Adapter(FineTuning):
             an encoder-decoder: of each stack) are left out, k drawn anew from 0 to this. So trained, a model does
             without them (:func:`drop_adapters`). A batch then leaves parameters without a gradient: under DDP use
             ``strategy="ddp_find_unused_parameters_true"``.
-        modules_to_save, backbone, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range, or both ``bottleneck`` and ``reduction_factor``.
@@ -325,9 +324,10 @@ class Adapter(FineTuning):
         adapter_drop: int = 0,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
+        quantize: str | Mapping[str, Any] | None = None,
         adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone, adapter_dtype=adapter_dtype)
+        super().__init__(modules_to_save, backbone, quantize, adapter_dtype=adapter_dtype)
         check_choice("Adapter: placement", placement, get_args(Placement))
         check_choice("Adapter: non_linearity", non_linearity, _NON_LINEARITIES)
         if bottleneck is not None and reduction_factor is not None:
@@ -350,8 +350,7 @@ class Adapter(FineTuning):
 
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base and put adapters into it; see :meth:`FineTuning.inject`."""
-        base = find_base(model, self.backbone)
-        saved = match_modules(base, self.modules_to_save)
+        base, saved = self.prepare(model)
         targets = self.target_modules
         if targets is None:
             inside_saved = tuple(f"{name}." for name in saved)

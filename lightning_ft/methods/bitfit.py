@@ -6,13 +6,13 @@ that inference costs what it did.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import nn
 
 from lightning_ft.callbacks.finetuning import FineTuning
-from lightning_ft.injection import InjectionError, find_base, match_modules, train_own
+from lightning_ft.injection import InjectionError, train_own
 
 
 def biases(module: nn.Module) -> list[str]:
@@ -32,13 +32,14 @@ class BitFit(FineTuning):
         target_modules: the modules whose biases train, norms among them: names or ends of names, or a regular
             expression; by default all. The paper's subset (section 3) is ``["query", "intermediate.dense"]`` in BERT.
         exclude_modules: what of them is left out.
-        modules_to_save, backbone: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         InjectionError: on injection, see :meth:`FineTuning.inject`; and if the base has no biases, as Llama and T5.
     """
 
     peft_type: ClassVar[str] = "PARTIAL"
+    trains_of_base = "vectors"
     plausible_lr: ClassVar[tuple[float, float]] = (1e-4, 3e-2)
 
     def __init__(
@@ -48,14 +49,14 @@ class BitFit(FineTuning):
         exclude_modules: str | Sequence[str] | None = None,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
+        quantize: str | Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(modules_to_save, backbone)
+        super().__init__(modules_to_save, backbone, quantize)
         self.target_modules, self.exclude_modules = target_modules, exclude_modules
 
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze all of the base but the biases; see :meth:`FineTuning.inject`."""
-        base = find_base(model, self.backbone)
-        saved = match_modules(base, self.modules_to_save)
+        base, saved = self.prepare(model)
         if not any(biases(module) for _, module in base.named_modules()):
             raise InjectionError(
                 f"{type(base.root).__name__} has no biases that BitFit could train. LayerNormTuning and IA3 train as"

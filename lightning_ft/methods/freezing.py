@@ -56,6 +56,7 @@ class TopLayers(FineTuning):
     peft_type: ClassVar[str] = "PARTIAL"
     plausible_lr: ClassVar[tuple[float, float]] = (5e-6, 2e-3)
     decides_alone: ClassVar[bool] = True
+    trains_of_base = "weights"
 
     def __init__(
         self, k: int = 2, *, modules_to_save: Sequence[str] | None = None, backbone: str | None = None
@@ -95,6 +96,7 @@ class GradualUnfreezing(FineTuning):
     peft_type: ClassVar[str] = "PARTIAL"
     plausible_lr: ClassVar[tuple[float, float]] = (5e-6, 2e-3)
     decides_alone: ClassVar[bool] = True
+    trains_of_base = "weights"
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_ft.callbacks.finetuning import FineTuning
-from lightning_ft.injection import InjectionError, find_base, freeze_all_but, match_modules
+from lightning_ft.injection import InjectionError, freeze_all_but
 
 
 class HeadOnly(FineTuning):
@@ -15,7 +15,7 @@ class HeadOnly(FineTuning):
 
     Args:
         modules_to_save: parts of the base to train as well.
-        backbone: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        backbone, quantize: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         InjectionError: on injection, if nothing is left to train.
@@ -27,8 +27,8 @@ class HeadOnly(FineTuning):
 
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base; see :meth:`FineTuning.inject`."""
-        base = find_base(model, self.backbone)
-        freeze_all_but(base, "HeadOnly", match_modules(base, self.modules_to_save))
+        base, saved = self.prepare(model)
+        freeze_all_but(base, "HeadOnly", saved)
         if not any(p.requires_grad for p in model.parameters()):
             raise InjectionError(
                 f"HeadOnly leaves nothing of {type(model).__name__} to train: all of its parameters are in the"

@@ -26,11 +26,9 @@ from lightning_ft.injection import (
     InjectionError,
     Layer,
     exactly,
-    find_base,
     first_tensor,
     inject_layers,
     is_conv1d,
-    match_modules,
     match_names,
     plain,
     resolve_targets,
@@ -180,7 +178,7 @@ class IA3(FineTuning):
             output. By default those of the architecture; ``[]`` for none.
         exclude_modules: what of the targets is left out.
         init_ia3_weights: whether the vectors start at one. Random ones are for tests.
-        modules_to_save, backbone, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         InjectionError: on injection: see :meth:`FineTuning.inject`; and if the architecture isn't known and the
@@ -200,17 +198,17 @@ class IA3(FineTuning):
         init_ia3_weights: bool = True,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
+        quantize: str | Mapping[str, Any] | None = None,
         adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone, adapter_dtype=adapter_dtype)
+        super().__init__(modules_to_save, backbone, quantize, adapter_dtype=adapter_dtype)
         self.target_modules, self.feedforward_modules = target_modules, feedforward_modules
         self.exclude_modules = exclude_modules
         self.init_ia3_weights = init_ia3_weights
 
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base and put the vectors into it; see :meth:`FineTuning.inject`."""
-        base = find_base(model, self.backbone)
-        saved = match_modules(base, self.modules_to_save)
+        base, saved = self.prepare(model)
         usual = usual_modules(base.root)
         if usual is None and (self.target_modules is None or self.feedforward_modules is None):
             raise InjectionError(

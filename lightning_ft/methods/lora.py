@@ -51,12 +51,11 @@ from lightning_ft.injection import (
     first_tensor,
     inject_layers,
     is_conv1d,
-    match_modules,
     plain,
     resolve_targets,
 )
 from lightning_ft.ops import lora_linear
-from lightning_ft.quantization import frozen_linear
+from lightning_ft.quantization import dense_weight, frozen_linear
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Bias = Literal["none", "all", "lora_only"]
@@ -270,7 +269,7 @@ class DoRALayer(LoRALayer):
         bias = getattr(self, "bias", None)
         unbiased = out if bias is None else out - self.spread(bias, self.weight.ndim)
         # As a difference, so that outputs are the base's to the bit as long as the ratio is 1.
-        return out + ((self.ratio(self.weight) - 1) * unbiased).to(out.dtype)
+        return out + ((self.ratio(dense_weight(self)) - 1) * unbiased).to(out.dtype)
 
     @classmethod
     def for_rows(cls, layers: Sequence[Any], index: Tensor) -> Callable[..., Tensor] | None:
@@ -280,7 +279,7 @@ class DoRALayer(LoRALayer):
             return None
         bias = next(layer.bias for layer in layers if layer is not None)
         some = next(layer.lora_magnitude_vector for layer in layers if layer is not None)
-        ratios = [torch.ones_like(some) if layer is None else layer.ratio(layer.weight) for layer in layers]
+        ratios = [torch.ones_like(some) if layer is None else layer.ratio(dense_weight(layer)) for layer in layers]
         more = torch.stack(ratios)[index] - 1  # (rows, out)
 
         def forward(base: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -309,7 +308,7 @@ class DoRALayer(LoRALayer):
     def start(cls, module: Any, settings: LoRASettings, init: Init) -> dict[str, Tensor]:
         """A and B as in LoRA, m the norms of W, so that nothing changes at first."""
         tensors = super().start(module, settings, init)
-        return {**tensors, "lora_magnitude_vector": cls.norms(module.weight.detach().float())}
+        return {**tensors, "lora_magnitude_vector": cls.norms(dense_weight(module).float())}
 
     @staticmethod
     def spread(vector: Tensor, ndim: int) -> Tensor:  # noqa: ARG004
@@ -376,7 +375,7 @@ class ResidualLayer(LoRALayer):
         Raises:
             InjectionError: if W has fewer ranks than r.
         """
-        weight = module.weight.detach().float()
+        weight = dense_weight(module).float()
         if settings.r > min(weight.shape):
             raise InjectionError(
                 f"init_lora_weights='{init}' takes a weight of {' x '.join(map(str, weight.shape))} apart, which has no"
@@ -476,7 +475,7 @@ class LoRA(FineTuning):
         use_dora: train the weights' norms apart from their directions; a step costs more, a merged model nothing.
         bias: biases of the base that train too: ``"none"``, those of the adapted modules (``"lora_only"``), ``"all"``.
         loraplus_lr_ratio: how many times the rate of A that of B is (LoRA+; its authors use 16 with a lower rate).
-        modules_to_save, backbone, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range, or settings that don't go together.
@@ -508,9 +507,10 @@ class LoRA(FineTuning):
         loraplus_lr_ratio: float = 1.0,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
+        quantize: str | Mapping[str, Any] | None = None,
         adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone, adapter_dtype=adapter_dtype)
+        super().__init__(modules_to_save, backbone, quantize, adapter_dtype=adapter_dtype)
         for rank in (r, *(rank_pattern or {}).values()):
             check_count("LoRA: r", rank)
         scales = [("alpha", a) for a in (alpha, *(alpha_pattern or {}).values())]
@@ -533,8 +533,7 @@ class LoRA(FineTuning):
 
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base and put LoRA into it; see :meth:`FineTuning.inject`."""
-        base = find_base(model, self.backbone)
-        saved = match_modules(base, self.modules_to_save)
+        base, saved = self.prepare(model)
         variant: Variant = "dora" if self.use_dora else "residual" if self.init_lora_weights in _PRINCIPAL else "plain"
         names = resolve_targets(
             base,
@@ -545,12 +544,6 @@ class LoRA(FineTuning):
             self.layers_to_transform,
             self.layers_pattern,
         )
-        packed = [name for name in names if hasattr(base.root.get_submodule(name).weight, "quant_state")]
-        if packed and variant != "plain":
-            raise InjectionError(
-                f"DoRA, PiSSA and OLoRA compute with W itself, and '{packed[0]}' holds it packed into 4 bits. Use plain"
-                " LoRA there, or load the model without quantization."
-            )
         ranks = by_pattern("rank_pattern", self.rank_pattern, names, self.r)
         alphas = by_pattern("alpha_pattern", self.alpha_pattern, names, self.alpha)
         plan = {}

@@ -39,10 +39,8 @@ from lightning_ft.injection import (
     Layer,
     Trunk,
     VirtualTokens,
-    find_base,
     find_trunk,
     inject_layers,
-    match_modules,
     trunk_at,
 )
 
@@ -264,7 +262,7 @@ class PrefixTuning(FineTuning):
         num_virtual_tokens: how many tokens the prefix has.
         prefix_projection: whether an MLP computes it; saved, it is a plain prefix, and loads as one.
         encoder_hidden_size: the MLP's width; by default that of the keys.
-        modules_to_save, backbone, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range.
@@ -283,9 +281,10 @@ class PrefixTuning(FineTuning):
         encoder_hidden_size: int | None = None,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
+        quantize: str | Mapping[str, Any] | None = None,
         adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone, adapter_dtype=adapter_dtype)
+        super().__init__(modules_to_save, backbone, quantize, adapter_dtype=adapter_dtype)
         check_count("PrefixTuning: num_virtual_tokens", num_virtual_tokens)
         if encoder_hidden_size is not None:
             check_count("PrefixTuning: encoder_hidden_size", encoder_hidden_size)
@@ -297,8 +296,7 @@ class PrefixTuning(FineTuning):
 
     def inject(self, model: nn.Module) -> list[str]:
         """Freeze the base and put a prefix into its attention; see :meth:`FineTuning.inject`."""
-        base = find_base(model, self.backbone)
-        saved = match_modules(base, self.modules_to_save)
+        base, saved = self.prepare(model)
         trunk, submodules = find_trunk(base, "PrefixTuning"), 1
         layers = config_of(base, trunk).num_hidden_layers
         if trunk.decoder is not None:

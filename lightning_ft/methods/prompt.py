@@ -35,10 +35,8 @@ from lightning_ft.injection import (
     InjectionError,
     Layer,
     VirtualTokens,
-    find_base,
     find_trunk,
     inject_layers,
-    match_modules,
 )
 
 PromptInit = Literal["SAMPLE_VOCAB", "RANDOM", "TEXT", "CLASS_NAMES"]
@@ -403,7 +401,7 @@ class PromptTuning(FineTuning):
         prompt_tuning_init_text: the text; its tokens are repeated or cut to the prompt's length.
         class_names: the names; one by itself is a list of one.
         tokenizer_name_or_path: splits text and names into tokens; by default the model's own.
-        modules_to_save, backbone, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range, or settings that don't go together.
@@ -424,9 +422,10 @@ class PromptTuning(FineTuning):
         tokenizer_name_or_path: str | None = None,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
+        quantize: str | Mapping[str, Any] | None = None,
         adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone, adapter_dtype=adapter_dtype)
+        super().__init__(modules_to_save, backbone, quantize, adapter_dtype=adapter_dtype)
         class_names = [class_names] if isinstance(class_names, str) else class_names
         check_count("PromptTuning: num_virtual_tokens", num_virtual_tokens)
         check_choice("PromptTuning: prompt_tuning_init", prompt_tuning_init, get_args(PromptInit))
@@ -494,7 +493,7 @@ class PTuning(FineTuning):
         encoder_reparameterization_type: what computes it: ``"MLP"`` of three layers, or ``"LSTM"``, bidirectional and
             of two layers, with an MLP of two after it.
         encoder_hidden_size: the encoder's width; by default the model's.
-        modules_to_save, backbone, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
+        modules_to_save, backbone, quantize, adapter_dtype: see :class:`~lightning_ft.callbacks.finetuning.FineTuning`.
 
     Raises:
         ValueError: for a value out of its range.
@@ -513,9 +512,10 @@ class PTuning(FineTuning):
         encoder_hidden_size: int | None = None,
         modules_to_save: Sequence[str] | None = None,
         backbone: str | None = None,
+        quantize: str | Mapping[str, Any] | None = None,
         adapter_dtype: AdapterDtype = "float32",
     ) -> None:
-        super().__init__(modules_to_save, backbone, adapter_dtype=adapter_dtype)
+        super().__init__(modules_to_save, backbone, quantize, adapter_dtype=adapter_dtype)
         check_count("PTuning: num_virtual_tokens", num_virtual_tokens)
         if encoder_hidden_size is not None:
             check_count("PTuning: encoder_hidden_size", encoder_hidden_size)
@@ -588,8 +588,7 @@ def inject_prompt(
         InjectionError: if the base isn't a Hugging Face text model, or pools in a way that isn't known.
     """
     name = type(method).__name__
-    base = find_base(model, method.backbone)
-    saved = match_modules(base, method.modules_to_save)
+    base, saved = method.prepare(model)
     trunk = find_trunk(base, name)
     module = base.root.get_submodule(trunk.name)
     if isinstance(getattr(module, "pooler", None), nn.Linear):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
+    from lightning_ft.quantization import Quantization
+
 
 class Classification(Task):
     """A sequence-classification head, cross-entropy, and the metrics of it.
@@ -60,10 +62,10 @@ class Classification(Task):
         self.weight: Tensor | None
         self.metrics = nn.ModuleDict({stage: _metrics(len(labels)) for stage in ("val", "test")})
 
-    def build(self, name: str) -> PreTrainedModel:
+    def build(self, name: str, quantize: Quantization | None = None) -> PreTrainedModel:
         """The pretrained model with a new head for these labels; errors as of :func:`load_classifier`."""
         # The problem's type is what transformers' pipeline takes the softmax by.
-        return load_classifier(name, **named_outputs(self.labels), problem_type="single_label_classification")
+        return load_classifier(name, quantize, **named_outputs(self.labels), problem_type="single_label_classification")
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy: logits (batch, classes), labels (batch,) to a scalar, computed in fp32."""

@@ -17,6 +17,7 @@ from lightning_ft.errors import UserError
 from lightning_ft.general import watching
 from lightning_ft.injection import Origin, find_base, stacked_layers
 from lightning_ft.optim import RateError, parameter_groups, scale_rates
+from lightning_ft.quantization import Quantization
 from lightning_ft.reporting import log_figure, log_table
 from lightning_ft.tasks.penalties.penalty import Ground, Penalty, Step
 from lightning_ft.tasks.task import Task, inputs_and_labels
@@ -42,6 +43,9 @@ class FineTuner(L.LightningModule):
         head_lr_ratio: how many times the rate of the base that of the head is.
         penalties: terms beside the task's loss, one of a kind; what they compare with is the base as it is when the
             first fit begins, or a checkpoint is first loaded.
+        quantize: pack the pretrained part as it is read: ``"nf4"``, ``"fp4"``, ``"int8"``, or
+            ``{"kind": "nf4", "double": False}`` (:mod:`lightning_ft.quantization`); all of its weights are never in
+            memory at once. Not for a model that is given, which the method's callback can pack.
 
     Raises:
         ValueError: for two penalties of a kind.
@@ -56,12 +60,19 @@ class FineTuner(L.LightningModule):
         layer_decay: float = 1.0,
         head_lr_ratio: float = 1.0,
         penalties: Sequence[Penalty] = (),
+        quantize: str | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         names = [penalty.name for penalty in penalties]
         if len(set(names)) < len(names):
             raise ValueError(f"FineTuner: each penalty once; there are {', '.join(names)}.")
-        self.model = task.build(model) if isinstance(model, str) else model
+        if quantize is not None and not isinstance(model, str):
+            raise ValueError(
+                "FineTuner: quantize packs weights as they're read, and this model is there already. Name its folder,"
+                " or let the method pack it: LoRA(quantize=...)."
+            )
+        packing = None if quantize is None else Quantization.of(quantize)
+        self.model = task.build(model, packing) if isinstance(model, str) else model
         # from_pretrained gives a model in eval mode, and Lightning leaves modes alone.
         self.model.train()
         self.task = task

@@ -23,6 +23,8 @@ from lightning_ft.tasks.task import Batch, Table, Task, inputs_and_labels
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lightning_ft.quantization import Quantization
+
 IGNORED = -100
 """The label of a token that isn't to be learned."""
 
@@ -127,6 +129,7 @@ class LanguageTask(Task):
         ValueError: for a number out of its range.
     """
 
+    new_head = False
     tables_after = ("val", "test")
     shift: ClassVar[int]
     """How many places behind the logits of a token its label is."""
@@ -314,7 +317,7 @@ class CausalLM(LanguageTask):
     _packs = False
     """Whether the model was seen to keep packed examples apart."""
 
-    def build(self, name: str) -> PreTrainedModel:
+    def build(self, name: str, quantize: Quantization | None = None) -> PreTrainedModel:
         """The pretrained model as it is; errors as of :func:`load_pretrained`.
 
         Raises:
@@ -322,7 +325,7 @@ class CausalLM(LanguageTask):
         """
         from transformers import AutoModelForCausalLM
 
-        model = load_pretrained(AutoModelForCausalLM, name)
+        model = load_pretrained(AutoModelForCausalLM, name, quantize)
         if not getattr(model.config, "is_decoder", True):
             raise UserError(
                 f"'{name}' is an encoder ({type(model).__name__}), whose tokens see those behind them: it can't go on"
@@ -404,11 +407,11 @@ class Seq2SeqLM(LanguageTask):
         if exact_match:
             self._of("test").add_metrics({"exact_match": MeanMetric(nan_strategy="disable")})
 
-    def build(self, name: str) -> PreTrainedModel:
+    def build(self, name: str, quantize: Quantization | None = None) -> PreTrainedModel:
         """The pretrained model as it is; errors as of :func:`load_pretrained`."""
         from transformers import AutoModelForSeq2SeqLM
 
-        model = load_pretrained(AutoModelForSeq2SeqLM, name)
+        model = load_pretrained(AutoModelForSeq2SeqLM, name, quantize)
         self.ends(model)
         return model
 

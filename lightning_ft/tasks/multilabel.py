@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
+    from lightning_ft.quantization import Quantization
+
 _METRICS = ("precision", "recall", "f1", "average_precision", "recall_at_precision", "threshold")
 """Of each label; the threshold is that of the recall at the precision asked for."""
 
@@ -79,9 +81,9 @@ class MultiLabelClassification(Task):
         self.pos_weight: Tensor | None
         self.rows = StageRows()
 
-    def build(self, name: str) -> PreTrainedModel:
+    def build(self, name: str, quantize: Quantization | None = None) -> PreTrainedModel:
         """The pretrained model with a new head for these labels; errors as of :func:`load_classifier`."""
-        return load_classifier(name, **named_outputs(self.labels), **self.card()["head"])
+        return load_classifier(name, quantize, **named_outputs(self.labels), **self.card()["head"])
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Binary cross-entropy: logits and labels, 0 or 1, (batch, labels) both, to a scalar, computed in fp32."""

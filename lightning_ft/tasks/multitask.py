@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
+    from lightning_ft.quantization import Quantization
+
 
 class MissingTaskError(UserError):
     """A task had no data in an epoch."""
@@ -154,13 +156,13 @@ class MultiTask(Task):
         self._headed: dict[str, PreTrainedModel] = {}
         self._given = _Given()
 
-    def build(self, name: str) -> PreTrainedModel:
+    def build(self, name: str, quantize: Quantization | None = None) -> PreTrainedModel:
         """The trunk; its heads stay here, for they are the tasks'.
 
         Raises:
             ValueError: if a task's model has no trunk and head to tell apart.
         """
-        models = {key: task.build(name) for key, task in self._tasks()}
+        models = {key: task.build(name, quantize) for key, task in self._tasks()}
         trunks = {key: getattr(model, model.base_model_prefix, None) for key, model in models.items()}
         if lacking := [key for key, trunk in trunks.items() if not isinstance(trunk, nn.Module)]:
             kind = type(models[lacking[0]]).__name__

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
+    from lightning_ft.quantization import Quantization
+
 
 def corn_loss(logits: Tensor, ranks: Tensor) -> Tensor:
     """The loss of CORN (Shi, Cao & Raschka 2021, https://arxiv.org/abs/2111.08851, equation 6).
@@ -93,10 +95,10 @@ class Ordinal(Task):
         self.levels: Tensor
         self.rows = StageRows()
 
-    def build(self, name: str) -> PreTrainedModel:
+    def build(self, name: str, quantize: Quantization | None = None) -> PreTrainedModel:
         """The pretrained model with a new head of K - 1 outputs; errors as of :func:`load_classifier`."""
         outputs = named_outputs([f"above {grade}" for grade in self.grades[:-1]])
-        return load_classifier(name, **{**outputs, **self.card()["head"]})
+        return load_classifier(name, quantize, **{**outputs, **self.card()["head"]})
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """CORN's: logits (batch, K - 1), labels (batch,), the places of the grades, to a scalar, computed in fp32."""

@@ -9,30 +9,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ft.errors import UserError
+from lightning_ft.quantization import load_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lightning_ft.quantization import Quantization
 
 
 class ModelNotFoundError(UserError, OSError):
     """There is no such pretrained model here, nor on the hub as far as it can be reached, or it doesn't load."""
 
 
-def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
+def load_pretrained(auto_class: Any, name: str, quantize: Quantization | None = None, **kwargs: Any) -> Any:
     """``auto_class.from_pretrained(name, **kwargs)``, quietly.
 
     Args:
         auto_class: an Auto class of transformers.
         name: a local folder or a name on the hub.
+        quantize: how the pretrained part is packed, weight by weight as they're read, so that all of them are never in
+            memory at once.
         kwargs: passed on.
 
     Raises:
         ModelNotFoundError: if there is no such folder, and the hub doesn't have it or can't be reached.
+        QuantizationError: if it can't be packed.
     """
     try:
         with quietly():
+            if quantize is not None:
+                return load_quantized(auto_class, name, quantize, **kwargs)
             return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         if Path(name).is_dir():
             raise ModelNotFoundError(
                 f"The folder '{name}' can't be loaded by {auto_class.__name__}: {str(error).splitlines()[0]}"
@@ -51,16 +61,16 @@ def named_outputs(names: Sequence[str]) -> dict[str, Any]:
     return {"num_labels": len(outputs), "id2label": outputs, "label2id": {name: i for i, name in outputs.items()}}
 
 
-def load_classifier(name: str, **head: Any) -> PreTrainedModel:
+def load_classifier(name: str, quantize: Quantization | None = None, **head: Any) -> PreTrainedModel:
     """A pretrained model with a new linear head over a whole text.
 
     Args:
-        name: as of :func:`load_pretrained`; so are errors.
+        name, quantize: as of :func:`load_pretrained`; so are errors.
         head: fields of its config: ``num_labels``, ``id2label``, ``problem_type``, ….
     """
     from transformers import AutoModelForSequenceClassification
 
-    model = load_pretrained(AutoModelForSequenceClassification, name, **head)
+    model = load_pretrained(AutoModelForSequenceClassification, name, quantize, **head)
     if model.config.pad_token_id is None:  # decoders find a row's last token by it
         model.config.pad_token_id = model.config.eos_token_id
     return model

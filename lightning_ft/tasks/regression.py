@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
+    from lightning_ft.quantization import Quantization
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "huber": F.huber_loss, "l1": F.l1_loss}
 """Functions of outputs and labels, both standardised, to their mean."""
 
@@ -52,9 +54,9 @@ class Regression(Task):
         self.likelihood_factor = 0.5 if loss == "mse" else 1.0  # huber's half is in it
         self.rows = StageRows()
 
-    def build(self, name: str) -> PreTrainedModel:
+    def build(self, name: str, quantize: Quantization | None = None) -> PreTrainedModel:
         """The pretrained model with a new head of one output; errors as of :func:`load_classifier`."""
-        return load_classifier(name, **self.card()["head"])
+        return load_classifier(name, quantize, **self.card()["head"])
 
     def outputs(self, model: nn.Module, inputs: Batch) -> Tensor:
         """z of each row, (batch,)."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
+    from lightning_ft.quantization import Quantization
+
 Labels = Mapping[str, Any]
 
 
@@ -129,11 +131,11 @@ class TokenClassification(Task):
         self.labels = list(labels)
         self.metrics = nn.ModuleDict({stage: EntityCounts(self.labels) for stage in ("val", "test")})
 
-    def build(self, name: str) -> PreTrainedModel:
+    def build(self, name: str, quantize: Quantization | None = None) -> PreTrainedModel:
         """The pretrained model with a new head for these tags; errors as of :func:`load_pretrained`."""
         from transformers import AutoModelForTokenClassification
 
-        return load_pretrained(AutoModelForTokenClassification, name, **named_outputs(self.labels))
+        return load_pretrained(AutoModelForTokenClassification, name, quantize, **named_outputs(self.labels))
 
     def loss(self, outputs: Tensor, labels: Labels) -> Tensor:
         """The mean cross-entropy over the words that the model sees, in fp32; outputs (batch, tokens, tags).

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
+    from lightning_ft.quantization import Quantization
+
 Batch = Mapping[str, Any]
 Table = tuple[list[str], list[list[Any]]]
 """Columns and rows."""
@@ -30,6 +32,9 @@ class Task(nn.Module, ABC):
     plain: ClassVar[bool] = True
     """Whether model and head are one Hugging Face model, which others load."""
 
+    new_head: ClassVar[bool] = True
+    """Whether it trains a head that wasn't pretrained."""
+
     likelihood_factor: float = 1.0
     """The negative log likelihood, where the noise is 1, over the loss: 1/2 for a squared error."""
 
@@ -37,8 +42,13 @@ class Task(nn.Module, ABC):
     """The stages whose tables are logged."""
 
     @abstractmethod
-    def build(self, name: str) -> PreTrainedModel:
-        """The pretrained model with a new head; errors as of :func:`lightning_ft.tasks.pretrained.load_pretrained`."""
+    def build(self, name: str, quantize: Quantization | None = None) -> PreTrainedModel:
+        """The pretrained model with a new head; errors as of :func:`lightning_ft.tasks.pretrained.load_pretrained`.
+
+        Args:
+            name: a folder or a name on the hub.
+            quantize: how what's pretrained of it is packed as it is read; None: it isn't.
+        """
 
     def outputs(self, model: nn.Module, inputs: Batch) -> Any:
         """What the model says of a batch: its logits."""

@@ -91,6 +91,7 @@ class EWC(Penalty):
     """
 
     name = "ewc"
+    compares_weights = True
 
     def __init__(
         self,

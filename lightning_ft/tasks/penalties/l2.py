@@ -39,6 +39,7 @@ class L2SP(Penalty):
     """
 
     name = "l2_sp"
+    compares_weights = True
 
     def __init__(self, weight: float, head: float = 0.0) -> None:
         super().__init__(weight)

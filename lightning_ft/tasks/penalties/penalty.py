@@ -84,6 +84,9 @@ class Penalty(ABC):
     name: ClassVar[str]
     """Under which it is logged: ``train/penalty/NAME``."""
 
+    compares_weights: ClassVar[bool] = False
+    """Whether it looks at the base's weights themselves, which must be dense for that."""
+
     def __init__(self, weight: float) -> None:
         if not isinstance(weight, (int, float)) or not weight >= 0:
             raise ValueError(f"{type(self).__name__}: weight must be a number of at least 0, not {weight!r}.")

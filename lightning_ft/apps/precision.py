@@ -1,0 +1,170 @@
+"""Which settings of a run's precision go together: told from the config alone, before a model or data are loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_ft.apps.errors import RequestError
+from lightning_ft.quantization import INSTALL, Quantization
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the rules look at.
+
+    Attributes:
+        device: where the run will be: ``cpu``, ``cuda``, ``mps``, ….
+        precision: the Trainer's.
+        matmul: of products of fp32.
+        packed: what the base is packed into; empty if it isn't.
+        method: the class of the method, and ``layer``: whether it adds something to the base.
+        trains_weights: whether it trains weights of the base's layers.
+        rounds: what trains and isn't fp32 if the model isn't, in words; empty if there's nothing.
+        optimizer: the class of the optimizer.
+        penalty: a penalty that compares weights, or empty.
+        bitsandbytes: whether it's installed.
+        bf16: whether the device computes in bf16, and ``tf32``: in TF32.
+    """
+
+    device: str
+    precision: str
+    matmul: str
+    packed: str
+    method: str
+    trains_weights: bool
+    rounds: str
+    optimizer: str
+    penalty: str
+    bitsandbytes: bool
+    bf16: bool
+    tf32: bool
+
+
+class Rule(NamedTuple):
+    """When it applies, and what is said then, with the names of :class:`Asked` in braces."""
+
+    holds: Callable[[Asked], bool]
+    message: str
+
+
+REFUSED = (
+    Rule(
+        lambda a: a.device == "cpu" and a.precision.startswith("16"),
+        "trainer.precision={precision} needs a GPU; a CPU would train in bf16 instead, or to NaN. Use"
+        " precision=bf16-mixed.",
+    ),
+    Rule(
+        lambda a: a.precision == "16-true" and bool(a.rounds),
+        "trainer.precision=16-true would train {rounds} in fp16, in which the optimizer's squares of gradients are 0."
+        " Use precision=fp16-mixed.",
+    ),
+    Rule(
+        lambda a: bool(a.packed) and a.trains_weights,
+        "{method} trains weights of the base, and packed into {packed} they can't. Use a method that trains beside them"
+        " (method=lora, adalora, adapter, ia3, prefix, prompt, bitfit, head, …), or precision=bf16-mixed.",
+    ),
+    Rule(
+        lambda a: bool(a.packed) and bool(a.penalty),
+        "the penalty {penalty} compares weights, and the base's are packed into {packed}. Use regularizer=kl or replay,"
+        " which compare outputs, or precision=bf16-mixed.",
+    ),
+    Rule(
+        lambda a: bool(a.packed) and not a.bitsandbytes,
+        f"a base in {{packed}} needs bitsandbytes, which isn't installed: {INSTALL}. Or use precision=bf16-mixed.",
+    ),
+    Rule(
+        lambda a: a.optimizer.startswith("bitsandbytes.") and not a.bitsandbytes,
+        f"{{optimizer}} needs bitsandbytes, which isn't installed: {INSTALL}. Or use optimizer=adamw.",
+    ),
+    Rule(
+        lambda a: a.device != "cuda" and ".Paged" in a.optimizer,
+        "{optimizer} keeps its state where a GPU and the CPU both reach it, and there is no GPU. Use"
+        " optimizer=adamw_8bit.",
+    ),
+)
+"""What can't be, with the cure."""
+
+ADVICE = (
+    Rule(
+        lambda a: a.matmul != "highest" and not a.tf32,
+        "matmul_precision={matmul} changes nothing here: TF32 is for NVIDIA GPUs from Ampere on.",
+    ),
+    Rule(
+        lambda a: "bf16" in a.precision and not a.bf16,
+        "This GPU has no bf16, and what emulates it is slow: precision=fp16-mixed.",
+    ),
+    Rule(
+        lambda a: a.precision == "bf16-true" and bool(a.rounds),
+        "trainer.precision=bf16-true trains {rounds} in bf16, where a step below 1/256 of a weight is lost:"
+        " precision=bf16-mixed keeps it in fp32.",
+    ),
+)
+"""What can be, but hardly as it was meant."""
+
+
+def check(config: DictConfig) -> None:
+    """Raise RequestError if the config asks for what can't be."""
+    asked = read(config)
+    for rule in REFUSED:
+        if rule.holds(asked):
+            raise RequestError(rule.message.format(**vars(asked)))
+
+
+def advice(config: DictConfig) -> list[str]:
+    """What is to be said of settings that can be, but hardly as they were meant."""
+    asked = read(config)
+    return [rule.message.format(**vars(asked)) for rule in ADVICE if rule.holds(asked)]
+
+
+def read(config: DictConfig) -> Asked:
+    """What the rules look at, of the config of a run, and of this machine.
+
+    Raises:
+        QuantizationError: if ``quantize`` isn't what it can be.
+    """
+    device, quantize = device_of(config.trainer.get("accelerator", "auto")), config.get("quantize")
+    method: Any = get_class(config.method._target_)
+    penalties = {name: get_class(node._target_) for name, node in (config.get("regularizer") or {}).items()}
+    compares: Any = [name for name, kind in penalties.items() if kind.compares_weights]  # type: ignore[attr-defined]
+    return Asked(
+        device=device,
+        precision=str(config.trainer.get("precision") or "32-true"),
+        matmul=config.get("matmul_precision", "highest"),
+        packed=Quantization.of(OmegaConf.to_container(quantize)).kind if quantize else "",  # type: ignore[arg-type]
+        method=method.__name__,
+        trains_weights=method.trains_of_base == "weights",
+        rounds=_rounds(config, method),
+        optimizer=str(config.optimizer._target_),
+        penalty=compares[0] if compares else "",
+        bitsandbytes=importlib.util.find_spec("bitsandbytes") is not None,
+        bf16=device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False),
+        tf32=device == "cuda" and torch.cuda.get_device_capability() >= (8, 0),
+    )
+
+
+def device_of(accelerator: str) -> str:
+    """The kind of device that the Trainer's ``accelerator`` means on this machine."""
+    if accelerator not in ("auto", "gpu"):
+        return accelerator
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _rounds(config: DictConfig, method: Any) -> str:
+    """What the run trains that has the model's own dtype, where that isn't fp32: all but what methods add."""
+    task: Any = get_class(config.task._target_)
+    parts = {
+        "parts of the base": method.trains_of_base != "nothing",
+        "modules_to_save": bool(config.method.get("modules_to_save")),
+        "biases of the base": config.method.get("bias", "none") != "none",
+        "the task's head": task.new_head,
+    }
+    return " and ".join(name for name, trains in parts.items() if trains)
