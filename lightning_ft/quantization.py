@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.injection import is_4bit, is_conv1d
+from lightning_ft.injection import is_4bit, is_conv1d, is_whole
 from lightning_ft.ops import Linear
 
 
@@ -24,7 +24,7 @@ def frozen_linear(module: Any, x: Tensor) -> Linear | None:
     """
     weight, forward = module.weight, getattr(module, "_original", type(module)).forward
     if forward is nn.Linear.forward:
-        return Linear(weight, module.bias) if type(weight) is nn.Parameter and not weight.requires_grad else None
+        return Linear(weight, module.bias) if is_whole(weight) and not weight.requires_grad else None
     if is_4bit(module):
         from bitsandbytes.nn import Linear4bit
 
@@ -32,7 +32,7 @@ def frozen_linear(module: Any, x: Tensor) -> Linear | None:
             return None
         unpack = partial(_unpacked, state=weight.quant_state)
         return Linear(weight.data, module.bias, unpack, module.compute_dtype if module.compute_type_is_set else x.dtype)
-    if is_conv1d(module) and type(weight) is nn.Parameter and not weight.requires_grad:
+    if is_conv1d(module) and is_whole(weight) and not weight.requires_grad:
         return Linear(weight.T, module.bias)
     return None
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ft.errors import UserError
 
@@ -271,6 +271,11 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_4bit(module: nn.Module) -> bool:
     """Whether its weight is packed into 4 bits (bitsandbytes' ``Linear4bit``, once it's on its device)."""
     return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+
+
+def is_whole(weight: Tensor) -> bool:
+    """Whether it's a plain parameter, all of it here and not packed; one without values (FakeTensor) stands for such."""
+    return type(weight) is nn.Parameter or type(weight).__name__ == "FakeTensor"
 
 
 def parent_of(model: nn.Module, name: str) -> nn.Module:
