@@ -478,7 +478,7 @@ def _without_ties(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that share their memory once: the files hold each value under one of its names."""
     seen: dict[tuple[int, int, torch.Size], str] = {}
 
-    def place(tensor: Tensor) -> tuple[int, int, torch.Size]:  # data_ptr() isn't asked of tensors without values
+    def place(tensor: Any) -> tuple[int, int, torch.Size]:  # data_ptr() isn't asked of tensors without values
         return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
 
     return {key: tensor for key, tensor in tensors.items() if seen.setdefault(place(tensor), key) == key}

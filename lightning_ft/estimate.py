@@ -308,7 +308,7 @@ def step_memory(
         whole = saved.bytes
     with living:
         optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         del value
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -269,6 +269,8 @@ def _timed(config: DictConfig, data: TextDataModule, peak: int, device: str) -> 
     """The time of a step and of an epoch, of a few steps of training, where that's no great affair."""
     import torch
 
+    from lightning_ft.apps.timing import training_time
+
     if not config.steps:
         return {"untimed": "steps=0"}
     if not _has_weights(str(config.model.name)):
@@ -277,46 +279,15 @@ def _timed(config: DictConfig, data: TextDataModule, peak: int, device: str) -> 
         return {"untimed": "there is no GPU here"}
     if peak > (free := _free_bytes(device)) / 2:
         return {"untimed": f"{free / 2**30:.1f} GiB are free here, and half of that is too little"}
-    seconds, tokens = _train(config, data, device)
+    seconds, tokens = training_time(config, data, device)
     epoch = seconds / tokens * sum(data.splits["train"]["length"])
     return {"seconds_per_step": seconds / config.steps, "seconds_per_epoch": epoch}
 
 
-def _train(config: DictConfig, data: TextDataModule, device: str) -> tuple[float, int]:
-    """The seconds that ``steps`` steps take, after one that doesn't count; and how many tokens they had."""
-    import time
-
-    import lightning as L
-    from lightning.pytorch import Callback
-
-    from lightning_ft.apps import build
-
-    class Clock(Callback):
-        seconds, tokens, _started = 0.0, 0, 0.0
-
-        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-            trainer.strategy.barrier()
-            self._started = time.perf_counter()
-
-        def on_train_batch_end(self, trainer: L.Trainer, _: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            outputs["loss"].item()  # waits for a GPU
-            if batch_idx:
-                self.seconds += time.perf_counter() - self._started
-                self.tokens += int(batch["input_ids"].numel())
-
-    config, clock = config.copy(), Clock()
-    config.scheduler = None
-    accelerator = "cuda" if device == "cuda" else "cpu"
-    limits = {"max_epochs": -1, "max_steps": config.steps + 1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-    callbacks = [build.method(config), *build.savers(config), clock]
-    trainer = build.quiet_trainer(config, accelerator=accelerator, callbacks=callbacks, **limits)
-    trainer.fit(build.finetuner(config, data.facts), data)
-    return clock.seconds, clock.tokens
-
-
 def _has_weights(name: str) -> bool:
     """Whether the model is in this folder, or in the cache of the hub, weights and all."""
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+    from transformers.utils.hub import cached_file
 
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
     if Path(name).is_dir():

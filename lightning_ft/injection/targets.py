@@ -274,7 +274,7 @@ def is_4bit(module: nn.Module) -> bool:
 
 
 def is_whole(weight: Tensor) -> bool:
-    """Whether it's a plain parameter, all of it here and not packed; one without values (FakeTensor) stands for such."""
+    """Whether it's a plain parameter, all of it here and not packed; FakeTensors, without values, stand for such."""
     return type(weight) is nn.Parameter or type(weight).__name__ == "FakeTensor"
 
 
