@@ -95,6 +95,11 @@ def save_adapter(
         return peft.write(directory, config, tensors, card) if first else Path(directory)
 
 
+def adapter_contents(model: nn.Module, backbone: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`save_adapter` writes of a model: ``adapter_config.json``, and the tensors by their names there."""
+    return _collected(model, find_base(model, backbone))
+
+
 def _collected(model: nn.Module, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the tensors of an adapter's files."""
     state = trained_state(model.state_dict(), frozen_keys(model, base) | _keys_of_others(model, base))
@@ -472,10 +477,12 @@ def _trained_whole(base: Base) -> list[str] | None:
 
 def _without_ties(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that share their memory once: the files hold each value under one of its names."""
-    seen: dict[tuple[int, torch.Size], str] = {}
-    return {
-        key: tensor for key, tensor in tensors.items() if seen.setdefault((tensor.data_ptr(), tensor.shape), key) == key
-    }
+    seen: dict[tuple[int, int, torch.Size], str] = {}
+
+    def place(tensor: Any) -> tuple[int, int, torch.Size]:  # data_ptr() isn't asked of tensors without values
+        return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
+
+    return {key: tensor for key, tensor in tensors.items() if seen.setdefault(place(tensor), key) == key}
 
 
 def _untie(model: nn.Module, values: Mapping[str, Tensor]) -> None:

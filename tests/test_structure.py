@@ -32,6 +32,7 @@ ROOMS: dict[str, set[str] | None] = {
     "data": {"reporting", "optim", "tasks.pretrained"},
     "adapters": {"methods", "files", "injection", "callbacks", "quantization"},
     "bank": {"adapters", "injection"},
+    "estimate": {"injection", "ops"},
     "apps": None,
 }
 """What of ours a room may import beside itself, everything below a name included; None: all. A method is a room."""

@@ -17,6 +17,7 @@ APPS = {
     "evaluate": "score a run's adapter on a test split",
     "predict": "classify or complete texts with a run's adapter",
     "check": "look for faults in data, and write a cleaned copy",
+    "estimate": "tell what a training would take: memory, time, parameters",
     "compare": "fine-tune by several methods, and compare them",
     "merge": "write a run as a plain Hugging Face model",
     "export": "write a run's adapter as a PEFT folder, to share or upload",

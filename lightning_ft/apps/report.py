@@ -50,6 +50,40 @@ def scores_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+_PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "activations": "activations",
+    "loss": "loss (in place of logits)",
+    "working": "results on their way",
+}
+
+
+def estimate_table(found: Mapping[str, Any]) -> Table:
+    """What a training would take."""
+    title = f"{found['method']}, {found['precision']}, {found['batch_size']} x {found['tokens']:,} tokens"
+    table = Table(title=escape(f"{title}, on {found['device']}"), title_justify="left")
+    table.add_column("")
+    table.add_column("", justify="right")
+    share = found["trained"] / found["parameters"]
+    table.add_row("parameters trained", f"{found['trained']:,} of {found['parameters']:,} ({share:.2%})")
+    table.add_row("saved adapter", _size(found["adapter_bytes"]))
+    table.add_section()
+    for part, name in _PARTS.items():
+        table.add_row(name, _size(found["memory"][part]))
+    table.add_row("peak memory, the sum", _size(found["peak"]), style="bold")
+    if found["limit"] is not None:
+        table.add_row(f"largest batch in {_size(found['limit'])}", f"{found['largest_batch']:,} x {found['tokens']:,}")
+    table.add_section()
+    if found["untimed"] is None:
+        table.add_row("a step", f"{found['seconds_per_step']:.3g} s")
+        table.add_row("an epoch", f"{found['seconds_per_epoch']:,.0f} s")
+    else:
+        table.add_row("time", f"not measured: {found['untimed']}")
+    return table
+
+
 def plain(line: str) -> str:
     """A line without a terminal's codes."""
     return _CODES.sub("", line)
@@ -185,4 +219,6 @@ def _said(item: Any) -> str:
 
 
 def _size(count: int) -> str:
+    if count >= 2**30:
+        return f"{count / 2**30:.2f} GiB"
     return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ft.errors import UserError
 
@@ -273,6 +273,11 @@ def is_quantized(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     packed = getattr(weight, "quant_state", None) is not None
     return packed or (isinstance(weight, nn.Parameter) and not weight.is_floating_point())
+
+
+def is_whole(weight: Tensor) -> bool:
+    """Whether it's a plain parameter, all of it here and not packed; FakeTensors, without values, stand for such."""
+    return type(weight) is nn.Parameter or type(weight).__name__ == "FakeTensor"
 
 
 def parent_of(model: nn.Module, name: str) -> nn.Module:

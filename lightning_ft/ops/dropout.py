@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_ft.ops.imagined import imagined_device
+
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``L R`` in ``dtype``, not rounded in between where the device can do that."""
@@ -127,10 +129,28 @@ class Seeded(Kept):
         return masked(x, self.p, self.seed)
 
 
+class Unsaved(Kept):
+    """As :class:`Seeded` for tensors without values: nothing is kept, and a masked copy lives as long as a product."""
+
+    def times(self, x: Tensor, right: Tensor) -> Tensor:
+        """``(m ∘ x) R``."""
+        return x.clone() @ right
+
+    def under(self, left: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``L (m ∘ x)``."""
+        return product(left, x.clone(), dtype)
+
+    def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+        """``out += m ∘ (alpha · L R)``."""
+        return out.add_(left @ right, alpha=alpha)
+
+
 def keep(x: Tensor, p: float) -> Kept:
     """Draw what of ``x`` (rows, n; contiguous) is kept, each entry with probability ``1 - p``."""
     if p == 0:
         return _ALL
+    if (imagined := imagined_device()) is not None and imagined != "cpu":
+        return Unsaved()
     if x.is_cuda and HAS_TRITON and x.numel() < 2**31:
         return Seeded(int(torch.randint(2**31 - 1, ())), p)  # of the CPU's numbers: nobody waits for the GPU
     if x.device.type == "cpu" and p <= 0.25 and x.numel() >= 2**14:  # else a mask is as quick
@@ -147,12 +167,18 @@ def positions(n: int, p: float) -> Tensor:
     From one to the next it's a geometrically distributed step, ``1 + ⌊ln u / ln(1 - p)⌋`` for a uniform u in (0, 1]:
     as many draws as there are positions, and not n.
     """
+    if imagined_device() is not None:
+        return torch.empty(_enough(n, p), dtype=torch.long)[: round(n * p)]
     found, last = [], -1
     while last < n:
-        left = n - last
-        count = int(left * p + 4 * math.sqrt(left * p * (1 - p))) + 8  # rarely too few
+        count = _enough(n - last, p)
         steps = torch.rand(count).neg_().log1p_().mul_(1 / math.log1p(-p)).long().add_(1)
         found.append(steps.cumsum_(0).add_(last))
         last = int(steps[-1])
     drawn = found[0] if len(found) == 1 else torch.cat(found)
     return drawn[: int(torch.searchsorted(drawn, n))]
+
+
+def _enough(n: int, p: float) -> int:
+    """So many steps seldom are too few to get through ``n`` places."""
+    return int(n * p + 4 * math.sqrt(n * p * (1 - p))) + 8

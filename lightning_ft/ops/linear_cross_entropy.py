@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_ft.ops.dropout import HAS_TRITON
+from lightning_ft.ops.imagined import device_type, imagined_device
 
 _AT_ONCE = {"cpu": 2**24}
 _AT_ONCE_ELSEWHERE = 2**27
@@ -57,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for wants, tensor in zip(wanted[1:], (weight, bias), strict=True)
         )
         total = torch.zeros((), device=hidden.device)
-        rows = max(1, _AT_ONCE.get(hidden.device.type, _AT_ONCE_ELSEWHERE) // len(weight))
+        rows = max(1, _AT_ONCE.get(device_type(hidden), _AT_ONCE_ELSEWHERE) // len(weight))
         for start in range(0, len(hidden), rows):
             piece = slice(start, start + rows)
             logits = hidden[piece] @ weight.T
@@ -73,6 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(p, weight, out=dh[piece])
             if dw is not None:
                 dw += p.T @ hidden[piece]
+            del logits, p  # else they'd be there beside the next ones
         ctx.save_for_backward(dh, dw, db)
         ctx.dtype = weight.dtype
         return total
@@ -91,6 +93,8 @@ def _losses_and_gradients(logits: Tensor, labels: Tensor, wants_gradient: bool) 
         from lightning_ft.ops.triton_cross_entropy import cross_entropy_
 
         return cross_entropy_(logits, labels, wants_gradient).sum(), logits if wants_gradient else None
+    if imagined_device() not in (None, "cpu"):  # what that kernel leaves
+        return logits.sum(dtype=torch.float32), logits if wants_gradient else None
     dtype, chosen = logits.dtype, labels[:, None]
     logits = logits.float()
     likelihood = logits.logsumexp(dim=1, keepdim=True)

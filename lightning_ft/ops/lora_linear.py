@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_ft.ops.dropout import Kept, keep, product
+from lightning_ft.ops.imagined import device_type
 
 
 class Linear(NamedTuple):
@@ -162,7 +163,7 @@ def _pays_to_merge(rows: Tensor, a: Tensor, b: Tensor) -> bool:
 
     In less than full fp32 the sum would lose what is small in ``B A`` beside W: nearly all of it, early in training.
     """
-    if rows.is_cuda or rows.dtype.itemsize < 4:
+    if device_type(rows) != "cpu" or rows.dtype.itemsize < 4:
         return False
     (_, n), m = a.shape, len(b)
     return len(rows) * (n + m) > 2 * n * m and torch.get_float32_matmul_precision() == "highest"

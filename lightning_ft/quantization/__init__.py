@@ -29,6 +29,7 @@ from lightning_ft.injection import (
     find_base,
     is_conv1d,
     is_quantized,
+    is_whole,
     leave_fast_path,
     output_embeddings,
     parent_of,
@@ -240,10 +241,10 @@ def frozen_linear(module: Any, x: Tensor) -> Linear | None:
     """
     weight, forward = module.weight, getattr(module, "_original", type(module)).forward
     if forward is nn.Linear.forward:
-        return Linear(weight, module.bias) if type(weight) is nn.Parameter and not weight.requires_grad else None
+        return Linear(weight, module.bias) if is_whole(weight) and not weight.requires_grad else None
     if is_quantized(module):
         return module.as_linear(x) if torch.is_grad_enabled() else None
-    if is_conv1d(module) and type(weight) is nn.Parameter and not weight.requires_grad:
+    if is_conv1d(module) and is_whole(weight) and not weight.requires_grad:
         return Linear(weight.T, module.bias)
     return None
 

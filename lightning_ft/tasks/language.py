@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_ft.errors import UserError
+from lightning_ft.injection import is_whole
 from lightning_ft.ops import linear_cross_entropy
 from lightning_ft.tasks.pretrained import load_pretrained, load_tokenizer
 from lightning_ft.tasks.task import Batch, Table, Task, inputs_and_labels
@@ -91,7 +92,7 @@ def plain_head(model: Any) -> nn.Linear | None:
     FSDP2 makes it whole for what the model itself computes alone.
     """
     head = None if isinstance(model, FSDPModule) else model.get_output_embeddings()
-    return head if type(head) is nn.Linear and type(head.weight) is nn.Parameter else None
+    return head if type(head) is nn.Linear and is_whole(head.weight) else None
 
 
 class Example(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ def load_pretrained(auto_class: Any, name: str, quantize: Quantization | None = 
     """
     try:
         with quietly():
+            if _WEIGHTLESS.get() and hasattr(auto_class, "from_config"):
+                return _from_config(auto_class, name, **kwargs)
             if quantize is not None:
                 return load_quantized(auto_class, name, quantize, **kwargs)
             return auto_class.from_pretrained(name, **kwargs)
@@ -53,6 +56,26 @@ def load_pretrained(auto_class: Any, name: str, quantize: Quantization | None = 
             f"The model '{name}' can't be loaded: it isn't a local folder, and from the hub: {why}."
             " Give the path of a folder with config.json and model.safetensors, or a name from huggingface.co."
         ) from error
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Within the block :func:`load_pretrained` reads a model's config alone, and fills it with whatever is there."""
+    token = _WEIGHTLESS.set(True)
+    try:
+        yield
+    finally:
+        _WEIGHTLESS.reset(token)
+
+
+_WEIGHTLESS = ContextVar("weightless", default=False)
+
+
+def _from_config(auto_class: Any, name: str, **kwargs: Any) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name, **kwargs)
+    return auto_class.from_config(config)
 
 
 def named_outputs(names: Sequence[str]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def test_the_help_of_train_lists_every_group_with_its_choices() -> None:
 
 
 def test_the_help_of_the_small_apps_is_of_their_own_options() -> None:
-    for name in [name for name in APPS if name not in ("train", "check", "compare")]:
+    for name in [name for name in APPS if name not in ("train", "check", "estimate", "compare")]:
         out = succeed(name, "--help")
         assert "run: ???" in out
         assert "method:" not in out
