@@ -240,13 +240,13 @@ def frozen_linear(module: Any, x: Tensor) -> Linear | None:
     packed while nothing trains: bitsandbytes has kernels for that.
     """
     weight, forward = module.weight, getattr(module, "_original", type(module)).forward
-    if forward is nn.Linear.forward:
-        return Linear(weight, module.bias) if is_whole(weight) and not weight.requires_grad else None
     if is_quantized(module):
         return module.as_linear(x) if torch.is_grad_enabled() else None
-    if is_conv1d(module) and is_whole(weight) and not weight.requires_grad:
-        return Linear(weight.T, module.bias)
-    return None
+    if (weight.requires_grad and torch.is_grad_enabled()) or not is_whole(weight):
+        return None
+    if forward is nn.Linear.forward:
+        return Linear(weight, module.bias)
+    return Linear(weight.T, module.bias) if is_conv1d(module) else None
 
 
 def dense_weight(module: Any) -> Tensor:

@@ -90,7 +90,7 @@ def test_a_method_learns_under_a_precision_and_leaves_the_base_alone(method: str
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ["lora", "dora", "adapter", "prompt"])
 def test_a_packed_base_trains_and_resumes_to_the_same(method: str, kind: str, tmp_path: Path) -> None:
     whole, part = module(), module()
     before = loss_of(module())
@@ -100,7 +100,7 @@ def test_a_packed_base_trains_and_resumes_to_the_same(method: str, kind: str, tm
     again = module()
     fit(again, [METHODS[method](quantize=kind)], "bf16-mixed", 8, ckpt_path=tmp_path / "x.ckpt")
     assert loss_of(whole) < before
-    if method not in ("lora", "adalora"):  # dropout and a schedule over all steps differ
+    if method != "lora":  # whose dropout is drawn otherwise
         for name in injected_names(whole):
             torch.testing.assert_close(
                 again.get_parameter(name).cpu(), whole.get_parameter(name).cpu(), atol=2e-3, rtol=0.05
