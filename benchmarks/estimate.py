@@ -61,8 +61,8 @@ TINY = {
 SMALL, ONE_B = llama(768, 4, 32_000, 2048), llama(2048, 16, 128_256, 8192)
 WORKLOADS = {
     "cpu": {
-        "minilm lora": Workload(MINILM, 16, 128),
-        "minilm full": Workload(MINILM, 16, 128, FullFineTuning),
+        "minilm lora": Workload(MINILM, 8, 128),
+        "minilm full": Workload(MINILM, 8, 128, FullFineTuning),
         "llama lora": Workload(SMALL, 2, 512),
         "llama lora bf16-mixed": Workload(SMALL, 2, 512, mixed=True),
         "llama lora checkpointing": Workload(SMALL, 4, 512, checkpointing=True),

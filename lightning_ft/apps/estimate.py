@@ -214,6 +214,7 @@ def _imagined(config: DictConfig, data: TextDataModule, imagination: Imagination
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False, "preserve_rng_state": False})  # there is no random state to preserve
             model.disable_input_require_grads()
+            model.config.use_cache = False
         return module, _adapter_bytes(module, method.backbone)
 
 
