@@ -72,7 +72,7 @@ class Imagination:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self._mode = FakeTensorMode()
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # constants that libraries keep
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -91,10 +91,11 @@ class _Unknown(TorchFunctionMode):
     def __init__(self, on_gpu: bool) -> None:
         super().__init__()
         self._answers: dict[Any, Callable[..., Any]] = {
-            Tensor.item: lambda x: getattr(x, "_holds", 1),
-            Tensor.__int__: lambda *_: 1,
-            Tensor.__float__: lambda *_: 1.0,
-            Tensor.__bool__: lambda x: getattr(x, "_holds", True),
+            Tensor.item: _value,
+            Tensor.__int__: lambda x: int(_value(x)),
+            Tensor.__float__: lambda x: float(_value(x)),
+            Tensor.__bool__: lambda x: bool(_value(x)),
+            Tensor.sum: _sum,
             Tensor.any: _any,
             torch.any: _any,
             Tensor.logsumexp: _logsumexp,
@@ -113,6 +114,17 @@ class _Unknown(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return self._answers.get(func, func)(*args, **(kwargs or {}))
+
+
+def _value(x: Tensor) -> Any:
+    return getattr(x, "_holds", 1)
+
+
+def _sum(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    total = x.sum(*args, **kwargs)
+    if x.dtype == torch.bool:
+        total._holds = x.numel() // total.numel()  # type: ignore[attr-defined]
+    return total
 
 
 def _any(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -97,6 +97,24 @@ def test_without_values_as_much_is_saved_as_with_them(kind: str, method: str) ->
         assert imagined[2] == real[2]
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_packed_base_is_imagined_packed(kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+
+    def sizes() -> tuple[int, int, tuple[int, int]]:
+        model = llama_lm(hidden_size=64, intermediate_size=128).train()
+        LoRA(r=4, target_modules="all-linear", quantize=kind).inject(model)
+        ids = torch.ones(4, 12, dtype=torch.long)
+        language_loss(model, ids)
+        with Saved(weights_of(model)) as saved:
+            language_loss(model, ids).backward()
+        return size_of(weights_of(model)), saved.bytes, count_parameters(model)
+
+    with Imagination("cpu").entered():
+        imagined = sizes()
+    assert imagined == sizes()
+
+
 def test_what_dropout_of_a_thin_product_keeps_is_imagined_too() -> None:
     def kept() -> int:
         return size_of(keep(torch.ones(512, 256), 0.1).saved)

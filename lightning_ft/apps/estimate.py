@@ -50,7 +50,7 @@ def estimate(config: DictConfig) -> dict[str, Any]:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from lightning_ft.apps import build
+    from lightning_ft.apps import build, precision
     from lightning_ft.apps.errors import RequestError
     from lightning_ft.estimate import EstimateError, Imagination, largest_batch
 
@@ -61,6 +61,7 @@ def estimate(config: DictConfig) -> dict[str, Any]:
     if config.optimizer.lr is None or config.optimizer.lr == build.AUTO:
         config.optimizer.lr = 1e-3  # any: it changes nothing here
     device = _device(config, limit)
+    precision.check(config, device)
     data = build.datamodule(config)
     row, tokens = _longest_row(config, data)
     imagination = Imagination(device)
@@ -77,6 +78,7 @@ def estimate(config: DictConfig) -> dict[str, Any]:
         "model": str(config.model.name),
         "data": str(config.data.path),
         "precision": str(config.trainer.precision),
+        "quantize": config.quantize.kind if config.quantize else None,
         "device": device,
         "batch_size": rows,
         "tokens": tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -109,9 +109,10 @@ ADVICE = (
 """What can be, but hardly as it was meant."""
 
 
-def check(config: DictConfig) -> None:
-    """Raise RequestError if the config asks for what can't be."""
+def check(config: DictConfig, device: str | None = None) -> None:
+    """Raise RequestError if the config asks for what can't be, on a device of another kind if one is named."""
     asked = read(config)
+    asked = replace(asked, device=device or asked.device)
     for rule in REFUSED:
         if rule.holds(asked):
             raise RequestError(rule.message.format(**vars(asked)))

@@ -62,7 +62,8 @@ _PARTS = {
 
 def estimate_table(found: Mapping[str, Any]) -> Table:
     """What a training would take."""
-    title = f"{found['method']}, {found['precision']}, {found['batch_size']} x {found['tokens']:,} tokens"
+    packed = f" over {found['quantize']}" if found["quantize"] else ""
+    title = f"{found['method']}{packed}, {found['precision']}, {found['batch_size']} x {found['tokens']:,} tokens"
     table = Table(title=escape(f"{title}, on {found['device']}"), title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bitsandbytes import matmul_4bit
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit as Linear4bitOfBitsandbytes
 from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lightning_ft.ops import Linear
 
@@ -125,7 +126,14 @@ class _Linear(torch.autograd.Function):
 
 def packed_4bit(dense: Tensor, **kind: Any) -> dict[str, Any]:
     """What a :class:`Linear4bit` holds of a weight; ``kind`` is that of bitsandbytes' ``Params4bit``."""
-    weight = Params4bit(dense, requires_grad=False, **kind).to(dense.device)
+    if type(dense).__name__ == "FakeTensor":  # without values, and no Params4bit can be made of it
+        with unset_fake_temporarily():
+            quantize_4bit(torch.zeros(1, 64), **kind)  # makes the tables that bitsandbytes keeps for good
+        packed, state = quantize_4bit(dense, **kind)
+        weight: Any = nn.Parameter(packed, requires_grad=False)
+        weight.quant_state = state
+    else:
+        weight = Params4bit(dense, requires_grad=False, **kind).to(dense.device)
     return {"weight": weight, "quant_state": weight.quant_state}
 
 

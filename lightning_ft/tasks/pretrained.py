@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ft.errors import UserError
-from lightning_ft.quantization import load_quantized
+from lightning_ft.injection import find_base
+from lightning_ft.quantization import load_quantized, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ def load_pretrained(auto_class: Any, name: str, quantize: Quantization | None = 
     try:
         with quietly():
             if _WEIGHTLESS.get() and hasattr(auto_class, "from_config"):
-                return _from_config(auto_class, name, **kwargs)
+                return _from_config(auto_class, name, quantize, **kwargs)
             if quantize is not None:
                 return load_quantized(auto_class, name, quantize, **kwargs)
             return auto_class.from_pretrained(name, **kwargs)
@@ -71,11 +72,13 @@ def without_weights() -> Iterator[None]:
 _WEIGHTLESS = ContextVar("weightless", default=False)
 
 
-def _from_config(auto_class: Any, name: str, **kwargs: Any) -> Any:
+def _from_config(auto_class: Any, name: str, quantize: Quantization | None, **kwargs: Any) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(name, **kwargs)
-    return auto_class.from_config(config)
+    model = auto_class.from_config(AutoConfig.from_pretrained(name, **kwargs))
+    if quantize is not None:
+        pack(find_base(model), quantize)
+    return model
 
 
 def named_outputs(names: Sequence[str]) -> dict[str, Any]:
