@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.finetuning import FineTuning
     from lightning_ft.callbacks.overfit import Overfitting
     from lightning_ft.callbacks.retention import Retention
+    from lightning_ft.callbacks.trunk_cache import TrunkCache
     from lightning_ft.data.mixing import MultiTaskDataModule
     from lightning_ft.data.module import TextDataModule
     from lightning_ft.data.tags import Tags
@@ -97,6 +98,7 @@ _HOMES = {
     "TextDataModule": "lightning_ft.data.module",
     "TokenClassification": "lightning_ft.tasks.tagging",
     "TopLayers": "lightning_ft.methods.freezing",
+    "TrunkCache": "lightning_ft.callbacks.trunk_cache",
     "dequantize": "lightning_ft.quantization",
     "drop_adapters": "lightning_ft.methods.adapter",
     "load_adapter": "lightning_ft.adapters",
@@ -116,7 +118,7 @@ __all__ = [  # noqa: RUF022 - by use
     "FineTuner", "Classification", "MultiTask", "TextDataModule", "MultiTaskDataModule", "Efficiency",
     "TokenClassification", "Tags", "MultiLabelClassification", "Ordinal", "Regression", "CausalLM", "Seq2SeqLM",
     "Penalty", "L2", "L2SP", "EWC", "KL", "Replay", "Retention", "Overfitting", "Averaging", "BestCheckpoint",
-    "GradientCheckpointing", "Compile", "Doctor",
+    "GradientCheckpointing", "Compile", "Doctor", "TrunkCache",
 ]  # fmt: skip
 
 

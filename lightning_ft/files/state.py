@@ -127,13 +127,13 @@ def fingerprint(base: Base, samples: int = 64) -> dict[str, str]:
         dtypes.add(str(parameter.dtype))
         path, _, own = name.rpartition(".")
         if own != "weight" or not is_quantized(base.root.get_submodule(path)):
-            digest.update(plain(name).encode() + _samples(parameter, samples).numpy().tobytes())
+            digest.update(plain(name).encode() + samples_of(parameter, samples).numpy().tobytes())
     return {"sha256": digest.hexdigest(), "dtypes": " ".join(sorted(dtypes))}
 
 
 def sampled(base: Base, samples: int = 64) -> dict[str, Tensor]:
     """What :func:`fingerprint` reads, by the parameters' names in the root: (samples or fewer,) in fp32 on the CPU."""
-    return {name: _samples(parameter, samples) for name, parameter in _frozen_parameters(base)}
+    return {name: samples_of(parameter, samples) for name, parameter in _frozen_parameters(base)}
 
 
 def _frozen_parameters(base: Base) -> Iterator[tuple[str, nn.Parameter]]:
@@ -143,7 +143,8 @@ def _frozen_parameters(base: Base) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def _samples(parameter: nn.Parameter, samples: int) -> Tensor:
+def samples_of(parameter: Tensor, samples: int = 64) -> Tensor:
+    """Evenly spaced values of ``parameter``, so many or all: in fp32 on the CPU."""
     flat = whole(parameter.detach()).flatten()
     index = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
     return flat[index.to(flat.device)].float().cpu()

@@ -1,6 +1,6 @@
 """Where things go in: pure torch, no Lightning, no Hugging Face import."""
 
-from lightning_ft.injection.layers import layer_depths, layer_numbers, stacked_layers
+from lightning_ft.injection.layers import layer_depths, layer_numbers, layer_stack, stacked_layers
 from lightning_ft.injection.origin import Origin, refuse_unfoldable
 from lightning_ft.injection.surgery import (
     Injected,
@@ -76,6 +76,7 @@ __all__ = [
     "is_whole",
     "layer_depths",
     "layer_numbers",
+    "layer_stack",
     "leave_fast_path",
     "match_modules",
     "match_names",

@@ -48,6 +48,12 @@ def layer_numbers(root: nn.Module, names: Iterable[str]) -> dict[str, int]:
     return {name: int(name.removeprefix(stack).split(".")[0]) + 1 for name, stack in inside.items()}
 
 
+def layer_stack(root: nn.Module) -> tuple[nn.Module, ...]:
+    """The layers of the longest stack in ``root``, in order; none where there is no stack."""
+    stacks = [tuple(stack) for _, stack in _stacks(root)]
+    return max(stacks, key=len, default=())
+
+
 def stacked_layers(root: nn.Module) -> list[nn.Module]:
     """The layers of all stacks of ``root``."""
     return [layer for _, stack in _stacks(root) for layer in stack]
