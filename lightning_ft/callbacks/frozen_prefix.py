@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,13 @@ from lightning_ft.errors import UserError
 from lightning_ft.files.state import is_shared_out, samples_of
 from lightning_ft.injection import Base, InjectionError, find_trunk, first_tensor, layer_depths, layer_stack
 
-Run = Callable[[], Any]
-"""A call of the model with its arguments."""
+
+@dataclass
+class Pass:
+    """A pass through the frozen layers: which were called, by number, and what the last one gave."""
+
+    called: list[int] = field(default_factory=list)
+    last: Any = None
 
 
 class FrozenPrefix:
@@ -64,9 +70,7 @@ class FrozenPrefix:
         }
         buffers = {f"{i}/{name}": b for i, layer in enumerate(self.layers) for name, b in layer.named_buffers()}
         self._frozen: dict[str, Tensor] = {**parameters, **buffers}
-        self._rest: tuple[Any, ...] | None = (
-            None  # what layers return beside hidden states, if they return several things
-        )
+        self._rest: tuple[Any, ...] | None = None  # what layers return beside hidden states; None: not even a tuple
 
     def digest(self) -> str:
         """A hash of the frozen weights: of some of each tensor's values, and of the sum of all of its bits."""
@@ -94,38 +98,41 @@ class FrozenPrefix:
             for module in training:
                 module.training = True
 
-    def compute(self, run: Run) -> tuple[Any, Tensor]:
-        """Call the model as it is, but for the graph that the frozen layers don't build.
-
-        Returns:
-            Its outputs, and what goes into the first layer above: (batch, tokens, width).
-
-        Raises:
-            UserError: if the layers aren't called one after the other, each once.
-        """
-        called: list[int] = []
-        last: Any = None
+    @contextmanager
+    def computing(self) -> Iterator[Pass]:
+        """Calls of the model are as ever, but for the graph that the frozen layers don't build; for one call."""
+        seen = Pass()
 
         def without_graph(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            nonlocal last
-            called.append(number)
+            seen.called.append(number)
             with torch.no_grad():
-                last = forward(*args, **kwargs)
-            return last
+                seen.last = forward(*args, **kwargs)
+            return seen.last
 
         layers = [partial(without_graph, i, layer.forward) for i, layer in enumerate(self.layers)]
         with _calling(self.layers, layers):
-            outputs = run()
-        parts = (last,) if isinstance(last, Tensor) else tuple(last or ())
-        if called != list(range(len(layers))) or not parts:
-            raise self.unfit()
-        # Attentions mostly, which nobody reads. Where layers above do (T5's biases), they give something else without.
-        others = tuple(None if isinstance(part, Tensor) else part for part in parts[1:])
-        self._rest = None if isinstance(last, Tensor) else others
-        return outputs, parts[0]
+            yield seen
 
-    def skip(self, run: Run, hidden: Tensor) -> Any:
-        """Call the model with ``hidden`` (batch, tokens, width) in place of what the frozen layers would give."""
+    def hidden(self, seen: Pass) -> Tensor:
+        """What went into the first layer above: (batch, tokens, width).
+
+        Raises:
+            UserError: if the layers weren't called one after the other, each once.
+        """
+        if seen.called != list(range(len(self.layers))):
+            raise self.unfit()
+        if isinstance(seen.last, Tensor):
+            self._rest = None
+            return seen.last
+        # Attentions mostly, which nobody reads. Where layers above do (T5's biases), they give something else without.
+        hidden: Tensor
+        hidden, *others = seen.last
+        self._rest = tuple(None if isinstance(value, Tensor) else value for value in others)
+        return hidden
+
+    @contextmanager
+    def skipping(self, hidden: Tensor) -> Iterator[None]:
+        """Calls of the model have ``hidden`` (batch, tokens, width) in place of what the frozen layers would give."""
 
         def passing(*args: Any, **kwargs: Any) -> Any:
             return self._returned(first_tensor(args, kwargs).detach())
@@ -134,7 +141,7 @@ class FrozenPrefix:
             return self._returned(hidden)
 
         with _calling(self.layers, [*[passing] * (len(self.layers) - 1), entering]):
-            return run()
+            yield
 
     def unfit(self) -> UserError:
         """What there is to say where layers can't be skipped."""
@@ -180,12 +187,6 @@ def _calling(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]
         yield
     finally:
         for module, own in zip(modules, before, strict=True):
-            restore_forward(module, own)
-
-
-def restore_forward(module: nn.Module, forward: Any) -> None:
-    """Give ``module`` back the forward that it had as an attribute of its own, or None if it had none."""
-    if forward is None:
-        vars(module).pop("forward", None)
-    else:
-        vars(module)["forward"] = forward
+            vars(module).pop("forward")
+            if own is not None:
+                vars(module)["forward"] = own

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lightning_ft.callbacks.frozen_prefix import FrozenPrefix, Run, restore_forward
+from lightning_ft.callbacks.frozen_prefix import FrozenPrefix, Pass
 from lightning_ft.callbacks.row_store import Row, RowStore, padded, rows_of
 from lightning_ft.errors import UserError
 from lightning_ft.injection import find_base
@@ -68,9 +69,11 @@ class TrunkCache(Callback):
         self._digest, self._depth = "", 0  # of the frozen layers that it's from
         self._prefix: FrozenPrefix | None = None  # for as long as a fit or a test runs
         self._versions: list[int] = []
-        self._before: Any = None  # the model's own forward, as an attribute
-        self._open = self._agrees = self._begun = False
-        self._obstacle = ""
+        self._agrees = self._begun = False
+        self._obstacle = ""  # why nothing can be kept so far
+        self._hooks: list[RemovableHandle] = []  # on the model, for as long as a batch runs
+        self._call = ExitStack()  # what is to be undone after a call of it
+        self._computed: tuple[Pass, list[Row]] | None = None
 
     # ------------------------------------------------------------------ Lightning's hooks
 
@@ -162,56 +165,73 @@ class TrunkCache(Callback):
             self._kept.clear()
             self._versions = now
         model = self._prefix.model
-        self._before = vars(model).get("forward")
-        # Not by Module.__setattr__, which a compiled module would pass on.
-        vars(model)["forward"] = partial(self._forward, model.forward)
-        self._open = True
+
+        # Copies of the model that are made meanwhile have these hooks too, which must do nothing there.
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._begin(self._fitted.trunk.bound(args, kwargs)) if module is model else None
+
+        def after(module: nn.Module, args: Any, outputs: Any) -> None:  # noqa: ARG001
+            if module is model:
+                self._end(outputs is not None)
+
+        self._hooks = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, always_call=True),
+        ]
 
     def _leave(self) -> None:
-        if self._open:
-            restore_forward(self._fitted.model, self._before)
-            self._before, self._open = None, False
+        self._call.close()  # an interrupted call has no end
+        while self._hooks:
+            self._hooks.pop().remove()
 
-    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the model does while a batch runs."""
-        prefix = self._fitted
-        self.calls += 1
-        inputs = prefix.trunk.bound(args, kwargs)
-        with prefix.evaluating():
-            try:
-                rows = rows_of(inputs, _salt(prefix.model, inputs))
-            except ValueError as error:
-                self._obstacle = self._obstacle and str(error)
-                return forward(*args, **kwargs)
-            self._obstacle = ""
-            if "use_cache" in prefix.trunk.arguments:
-                inputs["use_cache"] = False  # else it would have those of the upper layers alone
-            return self._outputs(partial(forward, **inputs), rows, inputs["input_ids"])
-
-    def _outputs(self, run: Run, rows: list[Row], tokens: Tensor) -> Any:
+    def _begin(self, inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Prepare the model for a call; returns its arguments."""
         prefix, store = self._fitted, self._kept
+        self.calls += 1
+        self._call, self._computed = ExitStack(), None
+        self._call.enter_context(prefix.evaluating())
+        try:
+            rows = rows_of(inputs, _salt(prefix.model, inputs))
+        except ValueError as error:
+            self._obstacle = self._obstacle and str(error)
+            return (), inputs
+        self._obstacle = ""
+        if "use_cache" in prefix.trunk.arguments:
+            inputs["use_cache"] = False  # else it would have those of the upper layers alone
+        tokens = inputs["input_ids"]
         if not self._agrees:
-            self._check(run, rows, tokens)
+            self._check(inputs, rows, tokens)
             self._agrees = True
         if all(row in store for row in rows):
             self.hits += 1
-            return prefix.skip(run, _assembled([store[row] for row in rows], rows, tokens))
-        outputs, hidden = prefix.compute(run)
-        for row, states in zip(rows, hidden, strict=True):
-            store.add(row, states[row.start : row.end])
-        return outputs
+            hidden = _assembled([store[row] for row in rows], rows, tokens)
+            self._call.enter_context(prefix.skipping(hidden))
+        else:
+            self._computed = self._call.enter_context(prefix.computing()), rows
+        return (), inputs
 
-    def _check(self, run: Run, rows: list[Row], tokens: Tensor) -> None:
+    def _end(self, succeeded: bool) -> None:
+        """Have the model as it was before the call, and keep what it computed."""
+        self._call.close()
+        computed, self._computed = self._computed, None
+        if succeeded and computed is not None:
+            seen, rows = computed
+            for row, states in zip(rows, self._fitted.hidden(seen), strict=True):
+                self._kept.add(row, states[row.start : row.end])
+
+    def _check(self, inputs: dict[str, Any], rows: list[Row], tokens: Tensor) -> None:
         """See that the model gives the same from its hidden states as it does from its tokens."""
         prefix = self._fitted
         devices = [tokens.device] if tokens.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            outputs, hidden = prefix.compute(run)
+        with torch.no_grad(), torch.random.fork_rng(devices), prefix.computing() as seen:
+            outputs = prefix.model.forward(**inputs)
+        hidden = prefix.hidden(seen)
         if hidden.shape[:2] != tokens.shape:
             raise prefix.unfit()
         values = [states[row.start : row.end] for states, row in zip(hidden, rows, strict=True)]
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            again = prefix.skip(run, _assembled(values, rows, tokens))
+        hidden = _assembled(values, rows, tokens)
+        with torch.no_grad(), torch.random.fork_rng(devices), prefix.skipping(hidden):
+            again = prefix.model.forward(**inputs)
         expected, found = (_own(out[0], rows) for out in (outputs, again))
         close = 1e-3 if expected.dtype == torch.float32 else 3e-2
         if not torch.allclose(found, expected, rtol=close, atol=close * expected.abs().max().item()):

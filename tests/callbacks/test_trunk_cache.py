@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_ft import (
+    Averaging,
     BitFit,
     Compile,
     GradientCheckpointing,
+    GradualUnfreezing,
     HeadOnly,
     InjectionError,
     LoRA,
@@ -29,6 +32,7 @@ from lightning_ft import (
 )
 from lightning_ft.callbacks.row_store import RowStore, rows_of
 from lightning_ft.errors import UserError
+from lightning_ft.injection import Origin, find_base
 
 LAYERS, ROWS, BATCH = 3, 16, 4
 DROPS = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
@@ -219,6 +223,39 @@ def test_checkpointing_and_autocast_go_with_it() -> None:
             same(plain, cached)
 
 
+@pytest.mark.parametrize("case", ["averaging", "unfreezing"])
+def test_what_looks_at_the_weights_goes_with_it(case: str) -> None:
+    method, extra, top = {
+        "averaging": (lambda: TopLayers(k=1), lambda: [Averaging(decay=0.5, start=1)], 1),
+        "unfreezing": (lambda: GradualUnfreezing(max_layers=2), list, 2),
+    }[case]
+    plain, cached, cache = Texts(), Texts(), TrunkCache()
+    fit(plain, method(), *extra(), Still(STACKS["bert"], top))
+    fit(cached, method(), *extra(), cache)
+    same(plain, cached)
+    assert cache.hits == cache.calls - ROWS // BATCH
+
+
+def test_a_copy_that_is_made_in_a_batch_knows_nothing_of_it() -> None:
+    class Against(Texts):
+        """The loss holds the model to what it was, as the KL penalty does, by a copy that it makes when it needs it."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if not hasattr(self, "other"):
+                base = find_base(self.net)
+                self.other = (Origin().bare(base), copy.deepcopy(self.net).eval())  # a tuple is no submodule
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            found = self.net(**batch)
+            with torch.no_grad():
+                self.seen = [other(**inputs).logits for other in self.other]
+            return found.loss + sum(F.mse_loss(found.logits, seen) for seen in self.seen)
+
+    plain, cached = Against(), Against()
+    fit(plain, METHODS["lora"][0](), Still(STACKS["bert"], 2))
+    fit(cached, METHODS["lora"][0](), TrunkCache())
+    same(plain, cached)
+
+
 def test_padding_on_the_left_is_the_same_too() -> None:
     method, top = METHODS["top"]
     plain, cached, cache = Texts("llama", left=True), Texts("llama", left=True), TrunkCache()
@@ -288,13 +325,13 @@ def test_a_resumed_fit_is_the_same(tmp_path: Path) -> None:
 def test_nothing_of_it_is_in_the_module() -> None:
     class Copies(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-            assert not [part for part in pl_module.modules() if "forward" in vars(part)]
+            parts = list(pl_module.modules())
+            assert not [part for part in parts if "forward" in vars(part) or part._forward_pre_hooks]
             pickle.dumps(pl_module.net)
 
     cache = TrunkCache()
     module = Texts()
     calls: list[int] = []
-    original = module.net.bert.forward
     fit(module, HeadOnly(), cache, Copies(), max_epochs=1)
 
     class Breaks(Texts):
@@ -315,6 +352,34 @@ def test_nothing_of_it_is_in_the_module() -> None:
     assert calls
     assert own.net.bert.forward is forward
     assert own.net.bert.training
+
+
+@pytest.mark.parametrize("error", [IndexError, KeyboardInterrupt])
+@pytest.mark.parametrize("hit", [False, True])
+def test_a_call_that_ends_early_leaves_the_model_as_it_was(error: Any, hit: bool) -> None:
+    class Ends(Texts):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+
+            def end(*_: Any) -> None:
+                raise error("early")
+
+            if not hit:
+                batch["input_ids"] = batch["input_ids"].flip(1)
+            handle = self.net.bert.encoder.layer[-1].register_forward_hook(end)
+            try:
+                super().training_step(batch, batch_idx)
+            finally:
+                handle.remove()
+            return loss
+
+    module, cache = Ends(), TrunkCache()
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+        fit(module, TopLayers(k=1), cache, max_epochs=1)
+    assert cache.hits == hit
+    assert all(part.training for part in module.net.modules())
+    parts = list(module.modules())
+    assert not [part for part in parts if "forward" in vars(part) or part._forward_pre_hooks or part._forward_hooks]
 
 
 def test_generation_does_not_take_from_it() -> None:
