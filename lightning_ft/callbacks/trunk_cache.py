@@ -49,8 +49,8 @@ class TrunkCache(Callback):
             (:func:`lightning_ft.injection.find_base`).
 
     Attributes:
-        calls: how often the text model was called while a batch of a fit ran.
-        hits: how many of them came from the cache.
+        calls: how often the text model was called for batches of the last fit, and of tests since.
+        hits: how many of these calls did without the frozen layers.
 
     Raises:
         ValueError: if ``max_mib`` isn't a number above 0.
@@ -90,9 +90,9 @@ class TrunkCache(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stand before the model for as long as the batch runs."""
-        if not self._begun:
-            _refuse_compiled(pl_module, self._fitted.model)
-            self._obstacle = f"its {type(self._fitted.model).__name__} isn't called"
+        if not self._begun and self._prefix is not None:
+            _refuse_compiled(pl_module, self._prefix.model)
+            self._obstacle = f"its {type(self._prefix.model).__name__} isn't called"
         self._enter()
 
     def on_train_batch_end(
@@ -100,6 +100,8 @@ class TrunkCache(Callback):
     ) -> None:
         """Step aside; and see, once, that it had an effect."""
         self._leave()
+        if self._prefix is None:  # Lightning's finders train before a fit starts
+            return
         if not self._begun and self._obstacle:
             raise UserError(
                 f"TrunkCache: nothing of {type(pl_module).__name__} can be kept, since {self._obstacle}. Leave it out."

@@ -14,6 +14,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from foreign import CNN, TrunkInSetup, make, trainer
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -250,10 +251,19 @@ def test_a_copy_that_is_made_in_a_batch_knows_nothing_of_it() -> None:
                 self.seen = [other(**inputs).logits for other in self.other]
             return found.loss + sum(F.mse_loss(found.logits, seen) for seen in self.seen)
 
-    plain, cached = Against(), Against()
+    plain, cached, cache = Against(), Against(), TrunkCache()
     fit(plain, METHODS["lora"][0](), Still(STACKS["bert"], 2))
-    fit(cached, METHODS["lora"][0](), TrunkCache())
+    fit(cached, METHODS["lora"][0](), cache)
     same(plain, cached)
+    assert cache.calls == 3 * (ROWS // BATCH + 2), "its own calls, not those of copies"
+
+
+def test_a_finder_that_trains_before_the_fit_goes_with_it() -> None:
+    module, cache = Texts(), TrunkCache()
+    module.lr = 1e-3
+    fit(module, TopLayers(k=1), cache, LearningRateFinder(num_training_steps=6, early_stop_threshold=None))
+    assert cache.hits == cache.calls - ROWS // BATCH
+    pickle.dumps(TrunkCache())
 
 
 def test_padding_on_the_left_is_the_same_too() -> None:
@@ -386,7 +396,8 @@ def test_generation_does_not_take_from_it() -> None:
     class Writes(Texts):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             with torch.no_grad():
-                self.net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                found = self.net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                self.past = found.past_key_values
                 self.written = self.net.generate(
                     batch["input_ids"][:1], max_new_tokens=4, do_sample=False, pad_token_id=0
                 )
@@ -398,6 +409,7 @@ def test_generation_does_not_take_from_it() -> None:
     run.validate(module, verbose=False)
     assert cache.hits > before
     written = module.written
+    assert module.past is None, "they would be the upper layers' alone"
     torch.manual_seed(5)
     trainer().validate(module, verbose=False)
     assert torch.equal(module.written, written)
