@@ -63,10 +63,10 @@ class Doctor(Callback):
     """Looks at any training once, after its first optimizer step, and says in a line that all is well, or what isn't.
 
     ``L.Trainer(callbacks=[LoRA(), Doctor()])``; in a resumed fit it's the first step after the checkpoint. It looks at
-    what this module's head names. A parameter that a method lets wait (gradual unfreezing) needs no gradient yet; a
-    gradient of zeros, as LoRA's A has at first, is one. Without a method's callback what is frozen may change, as an
-    averaged teacher does. Learning rates are judged for Adam and its kin, whose steps they are the length of, after a
-    schedule's warm-up.
+    what this module's head names. A parameter that a method lets wait (gradual unfreezing) needs no gradient yet, nor
+    what the LightningModule's own ``without_gradient()`` lists, if it has one; a gradient of zeros, as LoRA's A has at
+    first, is one. Without a method's callback what is frozen may change, as an averaged teacher does. Learning rates
+    are judged for Adam and its kin, whose steps they are the length of, after a schedule's warm-up.
 
     Args:
         on_fault: ``"warn"``, or ``"raise"``: a :class:`DoctorError` that ends the training.
@@ -142,6 +142,7 @@ class Doctor(Callback):
 
     def _without_gradient(self, trainer: Trainer, module: LightningModule) -> list[str]:
         waiting = {p for method in methods_of(trainer) for p in method.without_gradient(module)}
+        waiting.update(getattr(module, "without_gradient", list)())
         names = {p: name for name, p in module.named_parameters() if p.requires_grad and p not in waiting}
         missing = [name for p, name in names.items() if self._stepped.get(p) is False]
         held = {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}

@@ -141,6 +141,10 @@ class FineTuner(L.LightningModule):
         """Count the batch."""
         self._evaluate("test", batch)
 
+    def without_gradient(self) -> list[nn.Parameter]:
+        """What a step may leave without a gradient, for :class:`lightning_ft.Doctor`."""
+        return [parameter for head in self.task.waiting() for parameter in head.parameters()]
+
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """The task's predictions, one a row."""
         return self.task.predict(self.model, batch)

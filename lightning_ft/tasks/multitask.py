@@ -199,6 +199,10 @@ class MultiTask(Task):
         """All heads."""
         return [self.heads]
 
+    def waiting(self) -> list[nn.Module]:
+        """All heads: a batch may hold one task's rows. What has none in a whole epoch, :meth:`end_epoch` refuses."""
+        return [self.heads]
+
     def end_epoch(self, batches: float) -> None:
         """See that each task was trained in the epoch, and tell the weighting how it went; of a part say nothing."""
         if self._batches >= batches:

@@ -71,6 +71,10 @@ class Task(nn.Module, ABC):
         """Heads that aren't in the model."""
         return []
 
+    def waiting(self) -> list[nn.Module]:
+        """Heads that a batch may leave without a gradient."""
+        return []
+
     def end_epoch(self, batches: float) -> None:
         """Hear that an epoch of training ends, which has so many batches; it may have been cut short, or resumed."""
 

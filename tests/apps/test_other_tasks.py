@@ -84,8 +84,8 @@ def made(
 ) -> tuple[str, Case, Path]:
     """A finished run of each task, in which what it trained matters."""
     case, home = CASES[request.param], tmp_path_factory.mktemp(request.param)
-    data = write_csv(home / "data.csv", [(text, case.words[label]) for text, label in reviews(120, seed=0)])
-    asked = [f"task={request.param}", *case.overrides, "optimizer.lr=0.01", "trainer.max_epochs=12", "test_before=true"]
+    data = write_csv(home / "data.csv", [(text, case.words[label]) for text, label in reviews(240, seed=0)])
+    asked = [f"task={request.param}", *case.overrides, "optimizer.lr=0.01", "trainer.max_epochs=8", "test_before=true"]
     succeed(*tiny_run(tiny_bert_dir, data, *asked, "hydra.run.dir=run", "samples=[good]"), cwd=home)
     return request.param, case, home / "run"
 

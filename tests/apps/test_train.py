@@ -416,9 +416,12 @@ def test_without_any_run_last_says_how_to_make_one(tmp_path: Path) -> None:
 
 GROUPS = ("precision", "scheduler")
 """Those with several choices; a run of each method is merged and exported in the tests of those commands."""
+REFUSED_HERE = ("precision=fp16", "precision=fp16-mixed")
+"""They need a GPU: tests/apps/test_precision.py."""
+CHOICES = [choice for group in GROUPS for name in choices(group) if (choice := f"{group}={name}") not in REFUSED_HERE]
 
 
-@pytest.mark.parametrize("choice", [f"{group}={choice}" for group in GROUPS for choice in choices(group)])
+@pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_trains(choice: str, tiny_bert_dir: str, some_csv: Path) -> None:
     three_steps = ["data.batch_size=64", "trainer.max_epochs=3"]  # one_cycle rises, and must fall
     succeed(*tiny_run(tiny_bert_dir, some_csv, *three_steps, choice, "hydra.run.dir=run"))
