@@ -1,0 +1,152 @@
+"""The measuring itself: things take turns in one process, and what is compared are the two times of one turn."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ft.callbacks.efficiency import peak_memory_mib, reset_peak_memory
+
+Times = Mapping[str, list[float]]
+PEER, LIMIT = "PEFT", "limit"
+
+
+@dataclass
+class Step:
+    """The forward and backward pass of a training step. The optimizer is left out: it's the same for all."""
+
+    model: nn.Module
+    loss: Callable[[nn.Module], Tensor]
+
+    def __call__(self) -> None:
+        self.model.zero_grad()
+        self.loss(self.model).backward()
+
+
+@dataclass
+class Case:
+    """What takes turns: one line of the tables for each variant of ours.
+
+    Attributes:
+        name: of the line.
+        runs: what is timed, by the name of the variant; :data:`PEER` and :data:`LIMIT` among them.
+        agree: for each variant of ours the tensors that should be alike, with the peer's: after one run of both.
+        exact: the largest difference that they may have; None where it's only told.
+    """
+
+    name: str
+    runs: dict[str, Callable[[], Any]]
+    agree: dict[str, Callable[[], float]] = field(default_factory=dict)
+
+
+def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each, A B C A B C …; what the first turns take isn't counted."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + warm_up):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: Times, over: str, under: str) -> float:
+    """The median, over the turns, of one's time over the other's."""
+    return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
+
+
+def figures(case: Case, rounds: int, warm_up: int = 2) -> dict[str, Any]:
+    """Everything of a case but the memory of processes of their own."""
+    agreement = {name: difference() for name, difference in case.agree.items()}
+    saved = {name: saved_mib(run) for name, run in case.runs.items() if isinstance(run, Step)}
+    return {"case": case.name, **ratios(in_turns(case.runs, rounds, warm_up)), "saved_mib": saved, "differs": agreement}
+
+
+def ratios(times: Times, peer: str = PEER) -> dict[str, Any]:
+    """The medians of the times, and how they compare."""
+    ours = [name for name in times if name not in (peer, LIMIT)]
+    return {
+        "peer": peer,
+        "seconds": {name: statistics.median(found) for name, found in times.items()},
+        "peer_over_ours": {name: ratio(times, peer, name) for name in ours},
+        "over_limit": {name: ratio(times, name, LIMIT) for name in times if name != LIMIT} if LIMIT in times else {},
+    }
+
+
+def saved_mib(step: Step) -> float:
+    """What autograd keeps from the forward pass for the backward pass, without the parameters, in MiB."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in step.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor  # the graph holds it, so that no other takes its place
+
+    step.model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = step.loss(step.model)
+    found = sum(kept.values()) / 2**20
+    loss.backward()
+    return found
+
+
+def peak_mib(step: Callable[[], Any], times: int = 3) -> float:
+    """How far the process's resident memory rises above what it is now; Linux."""
+    cpu = torch.device("cpu")
+    reset_peak_memory(cpu)
+    start = peak_memory_mib(cpu)
+    for _ in range(times):
+        step()
+    return peak_memory_mib(cpu) - start
+
+
+def largest_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The largest difference in a tensor relative to the largest value in it, of the tensor where that is largest."""
+    if set(ours) != set(theirs):
+        raise AssertionError(f"not the same tensors: {sorted(set(ours) ^ set(theirs))[:6]}")
+    pairs = [(ours[name].detach().float(), theirs[name].detach().float()) for name in ours]
+    return max(((a.view_as(b) - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def machine() -> dict[str, Any]:
+    """What it was measured on."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what was measured."""
+    import accelerate
+    import bitsandbytes
+    import lightning
+    import peft
+    import transformers
+
+    import lightning_ft
+
+    modules = (lightning_ft, torch, lightning, transformers, peft, accelerate, bitsandbytes)
+    return {module.__name__: module.__version__ for module in modules}
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines: Iterator[str] = iter(info.read_text().splitlines() if info.is_file() else [])
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
