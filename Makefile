@@ -26,8 +26,8 @@ lint: $(VENV)/dev  ## check style and format
 types: $(VENV)/dev  ## check types
 	$(BIN)/mypy
 
-bench: $(VENV)/dev  ## measure a training step beside stock PEFT's, and write benchmarks/results/
-	$(BIN)/python benchmarks/lora_step.py
+bench: $(VENV)/dev  ## measure speed and memory beside stock PEFT's, and write benchmarks/results/ and its README
+	$(BIN)/python -m benchmarks
 
 wheel: $(VENV)/dev  ## build dist/*.whl
 	$(BIN)/python -m build --wheel

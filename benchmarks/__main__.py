@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from benchmarks import inference, steps, training
 from benchmarks.measure import Case, figures, machine, peak_mib, versions
@@ -70,7 +72,7 @@ WORKLOADS = {
         "W2 in bf16 over NF4 weights", 5, partial(steps.language_model, dtype=torch.bfloat16, in_4_bits=True)
     ),
     "W4": Workload("prompt tuning, 20 virtual tokens, on W1's and W2's base", 5, steps.prompts),
-    "W5": Workload("one epoch of the bundled reviews, with validation and checkpoint", 3, measure=training.epoch),
+    "W5": Workload("one epoch of the bundled reviews, with validation and checkpoint", 2, measure=training.epoch),
     "W6": Workload("inference with one adapter", 7, inference.one_adapter),
     "W7": Workload("a batch of 32 × 64 tokens whose rows belong to different adapters", 15, inference.many_adapters),
     "callback": Workload("a step under Lightning, 4 × 32 tokens", 8, measure=training.callback),
@@ -113,6 +115,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
     if options.peak:
         name, wanted, run = options.peak
         found = next(case for case in WORKLOADS[name].cases(SIZES[options.size]) if case.name == wanted)

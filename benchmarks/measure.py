@@ -39,8 +39,7 @@ class Case:
     Attributes:
         name: of the line.
         runs: what is timed, by the name of the variant; :data:`PEER` and :data:`LIMIT` among them.
-        agree: for each variant of ours the tensors that should be alike, with the peer's: after one run of both.
-        exact: the largest difference that they may have; None where it's only told.
+        agree: for each variant of ours how far what it computes is from what the peer does, where they should agree.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Case:
     agree: dict[str, Callable[[], float]] = field(default_factory=dict)
 
 
-def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each, A B C A B C …; what the first turns take isn't counted."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + warm_up):
@@ -65,11 +64,11 @@ def ratio(times: Times, over: str, under: str) -> float:
     return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
 
 
-def figures(case: Case, rounds: int, warm_up: int = 2) -> dict[str, Any]:
+def figures(case: Case, rounds: int) -> dict[str, Any]:
     """Everything of a case but the memory of processes of their own."""
     agreement = {name: difference() for name, difference in case.agree.items()}
     saved = {name: saved_mib(run) for name, run in case.runs.items() if isinstance(run, Step)}
-    return {"case": case.name, **ratios(in_turns(case.runs, rounds, warm_up)), "saved_mib": saved, "differs": agreement}
+    return {"case": case.name, **ratios(in_turns(case.runs, rounds)), "saved_mib": saved, "differs": agreement}
 
 
 def ratios(times: Times, peer: str = PEER) -> dict[str, Any]:

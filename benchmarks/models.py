@@ -34,6 +34,7 @@ class Size:
         lm_rows, lm_tokens: of one for the language model.
         new_tokens: to generate.
         adapters: how many share a batch.
+        lightning_steps: of a fit whose steps are timed one by one.
         data, model: for whole epochs; the model's folder, None for MiniLM.
     """
 
@@ -48,6 +49,7 @@ class Size:
     new_tokens: int
     adapters: tuple[int, ...]
     lightning_steps: int
+    data: str = "bundled:reviews_en"
     model: str | None = None
 
 

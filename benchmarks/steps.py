@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.measure import LIMIT, PEER, Case, Step
 from benchmarks.models import OF_BERT, OF_LLAMA, Size, bert, gradient_difference, limit, llama, pair
 from lightning_ft import IA3, AdaLoRA, CausalLM, LoRA, PromptTuning
+from lightning_ft.tasks.language import IGNORED
 
 HEAD = ["classifier"]
 
@@ -107,13 +108,14 @@ def _language_losses(size: Size) -> tuple[Callable[[Any], Tensor], Callable[[Any
     """Ours, which makes no logits, and that of transformers."""
     torch.manual_seed(1)
     ids = torch.randint(0, size.llama["vocab_size"], (size.lm_rows, size.lm_tokens))
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    batch["labels"][:, 0] = IGNORED  # PEFT's prompts learn to say it, ours leave it to the user's text
     task = CausalLM("unused", generations=0)
-    learned = torch.arange(size.lm_rows * (size.lm_tokens - 1))  # the FineTuner has it from the loader's process
 
     def ours(model: Any) -> Tensor:
-        return task.training_loss(model, {"input_ids": ids, "labels": ids, "learned": learned})
+        return task.training_loss(model, batch)
 
     def of_transformers(model: Any) -> Tensor:
-        return model(input_ids=ids, labels=ids).loss
+        return model(**batch).loss
 
     return ours, of_transformers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
 import tempfile
 import time
@@ -32,11 +31,10 @@ BY_HAND = "injected by hand"
 
 def epoch(size: Size, rounds: int) -> Iterator[dict[str, Any]]:
     """W5: as `lightning-ft train` trains, and Hugging Face's Trainer with PEFT: with validation and checkpoint."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     build.register_resolvers()
     with tempfile.TemporaryDirectory() as folder:
         config = _config(size, folder)
-        data, facts = build.datamodule(config), None
+        data = build.datamodule(config)
         facts = data.facts
         losses: dict[str, list[float]] = {}
 
@@ -47,7 +45,7 @@ def epoch(size: Size, rounds: int) -> Iterator[dict[str, Any]]:
             losses.setdefault(name, []).append(_train(config, data, COLLATIONS[name], folder))
 
         runs = {"ours": ours, **{name: partial(theirs, name) for name in COLLATIONS}}
-        times = in_turns(runs, rounds, warm_up=1)
+        times = in_turns(runs, rounds, warm_up=0)  # an epoch is its own warm-up
     for name in COLLATIONS:
         mean = {"ours": statistics.fmean(losses["ours"]), PEER: statistics.fmean(losses[name])}
         yield {
@@ -121,7 +119,7 @@ def _config(size: Size, folder: str) -> Any:
     overrides = [
         "trainer.max_epochs=1", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu",
         f"trainer.default_root_dir={folder}", f"callbacks.checkpoint.dirpath={folder}/checkpoints",
-        f"logger.csv.save_dir={folder}", "data.cache=false",
+        f"logger.csv.save_dir={folder}", f"data.path={size.data}", "data.cache=false",
     ]  # fmt: skip
     if size.model is not None:
         overrides += ["model=hub", f"model.name={size.model}"]
@@ -147,7 +145,6 @@ def _fit(config: Any, data: Any, facts: Any) -> float:
 def _train(config: Any, data: Any, sampling: str, folder: str) -> float:
     """The same by Hugging Face's Trainer and PEFT."""
     transformers.set_seed(config.seed)
-    transformers.logging.set_verbosity_error()
     labels = len(data.labels)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=labels)
     method = config.method
@@ -165,7 +162,7 @@ def _train(config: Any, data: Any, sampling: str, folder: str) -> float:
     )  # fmt: skip
     trainer = transformers.Trainer(
         peft.get_peft_model(model, settings), arguments, transformers.DataCollatorWithPadding(data.tokenizer),
-        data.splits["train"], data.splits["validation"], compute_metrics=_accuracy, callbacks=None,
+        data.splits["train"], data.splits["validation"], compute_metrics=_accuracy,
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
