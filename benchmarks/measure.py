@@ -68,7 +68,8 @@ def figures(case: Case, rounds: int) -> dict[str, Any]:
     """Everything of a case but the memory of processes of their own."""
     agreement = {name: difference() for name, difference in case.agree.items()}
     saved = {name: saved_mib(run) for name, run in case.runs.items() if isinstance(run, Step)}
-    return {"case": case.name, **ratios(in_turns(case.runs, rounds)), "saved_mib": saved, "differs": agreement}
+    times = in_turns(case.runs, rounds, warm_up=0 if saved else 1)  # those whose bytes were counted are warm
+    return {"case": case.name, **ratios(times), "saved_mib": saved, "differs": agreement}
 
 
 def ratios(times: Times, peer: str = PEER) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from lightning_ft.injection import injected_modules
 OF_BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 OF_LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-OPT_IN: dict[str, Callable[[Any], Any]] = {}
+OPT_IN: dict[str, Callable[[Any], Any]] = {
+    "ours, checkpointing": lambda model: model.gradient_checkpointing_enable({"use_reentrant": False}),
+}
 """What can be asked for beside the defaults, by its name in the tables: does it to an injected model."""
 
 

@@ -46,7 +46,7 @@ def language_model(size: Size, dtype: torch.dtype, in_4_bits: bool = False) -> I
     for p in (0.0, 0.05):
         method = LoRA(r=16, alpha=32, dropout=p, target_modules=OF_LLAMA)
         settings = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=p, target_modules=OF_LLAMA)
-        models = pair(base, method, settings, opt_in=True)
+        models = pair(base, method, settings)
         case = _case(f"p={p:g}", base, models, ours, theirs, agree=p == 0)
         case.runs["ours, loss of transformers"] = Step(models["ours"], theirs)
         yield case
