@@ -120,7 +120,9 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     if options.peak:
         name, wanted, run = options.peak
-        found = next(case for case in WORKLOADS[name].cases(SIZES[options.size]) if case.name == wanted)
+        cases = WORKLOADS[name].cases
+        assert cases is not None
+        found = next(case for case in cases(SIZES[options.size]) if case.name == wanted)
         print(peak_mib(found.runs[run]))
         return
     options.out.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ def many_adapters(size: Size) -> Iterator[Case]:
         def of_peft(theirs: Any = theirs, names: list[str] = names) -> Tensor:
             return classify(theirs, adapter_names=names)
 
-        runs = {LIMIT: partial(classify, base), PEER: _inferring(of_peft), "ours": _inferring(ours)}
+        runs: dict[str, Callable[[], Tensor]] = {LIMIT: partial(classify, base), PEER: of_peft, "ours": ours}
         yield _case(f"{count} adapters", runs)
 
 

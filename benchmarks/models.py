@@ -40,8 +40,8 @@ class Size:
         data, model: for whole epochs; the model's folder, None for MiniLM.
     """
 
-    bert: Mapping[str, int]
-    llama: Mapping[str, int]
+    bert: Mapping[str, Any]
+    llama: Mapping[str, Any]
     rows: int
     tokens: int
     few_rows: int
@@ -143,7 +143,7 @@ def limit(base: Any) -> Any:
 
 def gradient_difference(ours: Any, theirs: Any) -> float:
     """How far the gradients of what was injected are from PEFT's, after a backward pass of both."""
-    given = {key: parameter.grad for key, parameter in _of_peft(theirs).items()}
+    given: dict[str, Any] = {key: parameter.grad for key, parameter in _of_peft(theirs).items()}
     return largest_difference(
         {key: parameter.grad for key, parameter in _matched(_of_ours(ours), given).items()}, given
     )

@@ -86,7 +86,8 @@ def _case(
 
 
 def _difference(ours: Step, theirs: Step) -> float:
-    ours(), theirs()
+    ours()
+    theirs()
     return gradient_difference(ours.model, theirs.model)
 
 

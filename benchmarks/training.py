@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def epoch(size: Size, rounds: int) -> Iterator[dict[str, Any]]:
         def theirs(name: str) -> None:
             losses.setdefault(name, []).append(_train(config, data, COLLATIONS[name], folder))
 
-        runs = {"ours": ours, **{name: partial(theirs, name) for name in COLLATIONS}}
+        runs: dict[str, Callable[[], None]] = {"ours": ours, **{name: partial(theirs, name) for name in COLLATIONS}}
         times = in_turns(runs, rounds, warm_up=0)  # an epoch is its own warm-up
     for name in COLLATIONS:
         mean = {"ours": statistics.fmean(losses["ours"]), PEER: statistics.fmean(losses[name])}
