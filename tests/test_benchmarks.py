@@ -106,6 +106,8 @@ def test_the_readme_is_made_from_the_results(tmp_path: Path) -> None:
     folder, readme = tmp_path / "results", tmp_path / "README.md"
     folder.mkdir()
     readme.write_text(f"Before.\n{table.BEGIN}\nold\n{table.END}\nAfter.\n")
+    gpu = {"workloads": [{"workload": "8B", "error": "no room"}], "rounds": 8, "device": "a card", "versions": {}}
+    (folder / "gpu.json").write_text(json.dumps(gpu))
     for ratio in (1.23, 1.02):
         (folder / "W1.json").write_text(json.dumps(a_report(ratio)))
         table.write_readme(folder)
@@ -118,6 +120,8 @@ def test_the_readme_is_made_from_the_results(tmp_path: Path) -> None:
         assert ("| ≥ 1.15 | 1.23 |" in text) == (ratio > 1.15)
         assert "| ≤ 0.80 | 0.60 |" in text
         assert "torch 9.9" in text
+        assert "a card" in text
+        assert "| 8B | no room |" in text
     assert (folder / table.PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
