@@ -24,7 +24,7 @@ def one_adapter(size: Size) -> Iterator[Case]:
     base = llama(size)
     settings: Any = peft.LoraConfig(r=16, lora_alpha=32, target_modules=OF_LLAMA, task_type="CAUSAL_LM")
     models = pair(base, LoRA(r=16, alpha=32, target_modules=OF_LLAMA), settings)
-    ids = torch.randint(0, size.llama["vocab_size"], (8, size.tokens))
+    ids = torch.randint(0, size.llama["vocab_size"], (8, size.tokens // 2))
     generate = {
         "input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "use_cache": True,
         "max_new_tokens": size.new_tokens, "min_new_tokens": size.new_tokens, "pad_token_id": 0,
