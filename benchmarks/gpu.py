@@ -103,6 +103,7 @@ def base_model(work: Workload, device: str) -> Any:
                 weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
                 layer.weight = weight.to(device)
                 model.set_submodule(name, layer)
+        model.is_loaded_in_4bit = True  # by which PEFT knows
     model.config.use_cache = False
     for parameter in model.parameters():
         parameter.requires_grad_(False)

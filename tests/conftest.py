@@ -18,6 +18,9 @@ torch.set_num_threads(1)  # the models are tiny: threads cost more than they giv
 @pytest.fixture(autouse=True)
 def _seeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.manual_seed(0)
+    monkeypatch.delenv(
+        "PL_GLOBAL_SEED", raising=False
+    )  # of an earlier test, to which Lightning's launchers would return
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     monkeypatch.chdir(tmp_path)  # whatever a Trainer writes by default lands there
 
