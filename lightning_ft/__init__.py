@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.efficiency import Efficiency
     from lightning_ft.callbacks.finetuning import FineTuning
     from lightning_ft.callbacks.overfit import Overfitting
+    from lightning_ft.callbacks.recompute import ActivationRecompute
     from lightning_ft.callbacks.retention import Retention
     from lightning_ft.data.mixing import MultiTaskDataModule
     from lightning_ft.data.module import TextDataModule
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from lightning_ft.tasks.tagging import TokenClassification
 
 _HOMES = {
+    "ActivationRecompute": "lightning_ft.callbacks.recompute",
     "AdaLoRA": "lightning_ft.methods.adalora",
     "Adapter": "lightning_ft.methods.adapter",
     "AdapterBank": "lightning_ft.bank",
@@ -116,7 +118,7 @@ __all__ = [  # noqa: RUF022 - by use
     "FineTuner", "Classification", "MultiTask", "TextDataModule", "MultiTaskDataModule", "Efficiency",
     "TokenClassification", "Tags", "MultiLabelClassification", "Ordinal", "Regression", "CausalLM", "Seq2SeqLM",
     "Penalty", "L2", "L2SP", "EWC", "KL", "Replay", "Retention", "Overfitting", "Averaging", "BestCheckpoint",
-    "GradientCheckpointing", "Compile", "Doctor",
+    "GradientCheckpointing", "ActivationRecompute", "Compile", "Doctor",
 ]  # fmt: skip
 
 
