@@ -108,7 +108,8 @@ class _Recomputing(TorchFunctionMode):
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda packed: packed())
 
     def __enter__(self) -> _Recomputing:
-        self._outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        outermost = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.8
+        self._outer = outermost and outermost(False)
         self._hooks.__enter__()
         super().__enter__()
         return self
