@@ -14,12 +14,22 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.measure import largest_difference
-from lightning_ft.injection import injected_modules
+from lightning_ft.callbacks.recompute import Recomputation
+from lightning_ft.injection import Injected, injected_modules
+from lightning_ft.ops import ask_to_pack
 
 OF_BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 OF_LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+
+def _pack(model: Any) -> None:
+    ask_to_pack([module for module in model.modules() if isinstance(module, Injected)])
+
+
 OPT_IN: dict[str, Callable[[Any], Any]] = {
+    "ours, packed": _pack,
+    "ours, recompute": Recomputation,
+    "ours, packed, recompute": lambda model: (_pack(model), Recomputation(model)),
     "ours, checkpointing": lambda model: model.gradient_checkpointing_enable({"use_reentrant": False}),
 }
 """What can be asked for beside the defaults, by its name in the tables: does it to an injected model."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.efficiency import Efficiency
     from lightning_ft.callbacks.finetuning import FineTuning
     from lightning_ft.callbacks.overfit import Overfitting
+    from lightning_ft.callbacks.packing import PackedWeights
+    from lightning_ft.callbacks.recompute import ActivationRecompute
     from lightning_ft.callbacks.retention import Retention
     from lightning_ft.callbacks.trunk_cache import TrunkCache
     from lightning_ft.data.mixing import MultiTaskDataModule
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from lightning_ft.tasks.tagging import TokenClassification
 
 _HOMES = {
+    "ActivationRecompute": "lightning_ft.callbacks.recompute",
     "AdaLoRA": "lightning_ft.methods.adalora",
     "Adapter": "lightning_ft.methods.adapter",
     "AdapterBank": "lightning_ft.bank",
@@ -87,6 +90,7 @@ _HOMES = {
     "Ordinal": "lightning_ft.tasks.ordinal",
     "Overfitting": "lightning_ft.callbacks.overfit",
     "PTuning": "lightning_ft.methods.prompt",
+    "PackedWeights": "lightning_ft.callbacks.packing",
     "Penalty": "lightning_ft.tasks.penalties.penalty",
     "PrefixTuning": "lightning_ft.methods.prefix",
     "PromptTuning": "lightning_ft.methods.prompt",
@@ -118,7 +122,7 @@ __all__ = [  # noqa: RUF022 - by use
     "FineTuner", "Classification", "MultiTask", "TextDataModule", "MultiTaskDataModule", "Efficiency",
     "TokenClassification", "Tags", "MultiLabelClassification", "Ordinal", "Regression", "CausalLM", "Seq2SeqLM",
     "Penalty", "L2", "L2SP", "EWC", "KL", "Replay", "Retention", "Overfitting", "Averaging", "BestCheckpoint",
-    "GradientCheckpointing", "Compile", "Doctor", "TrunkCache",
+    "GradientCheckpointing", "ActivationRecompute", "PackedWeights", "Compile", "Doctor", "TrunkCache",
 ]  # fmt: skip
 
 

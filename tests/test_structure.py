@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str] | None] = {
     "quantization": {"injection", "ops"},
     "files": {"injection"},
     "general": set(),
-    "callbacks": {"injection", "files", "quantization", "reporting", "general"},
+    "callbacks": {"injection", "ops", "files", "quantization", "reporting", "general"},
     "methods": {"injection", "ops", "quantization", "callbacks.finetuning", "reporting"},
     "tasks": {"ops", "reporting", "optim", "injection", "quantization", "general"},
     "optim": {"injection", "reporting", "tasks.pretrained"},

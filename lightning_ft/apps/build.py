@@ -21,6 +21,8 @@ from lightning_ft.apps.errors import RequestError
 from lightning_ft.callbacks.checkpointing import GradientCheckpointing
 from lightning_ft.callbacks.compile import Compile
 from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.callbacks.packing import PackedWeights
+from lightning_ft.callbacks.recompute import ActivationRecompute
 from lightning_ft.data.module import TextDataModule
 from lightning_ft.tasks.finetuner import FineTuner
 
@@ -50,7 +52,8 @@ def method(config: DictConfig) -> FineTuning:
 
 
 def savers(config: DictConfig) -> list[L.Callback]:
-    """What makes steps smaller or faster, as the config asks for it: gradient checkpointing, compilation.
+    """What makes steps smaller or faster, as the config asks for it: gradient checkpointing, recompute,
+    packed weights, compilation.
 
     Raises:
         RequestError: if ``compile`` is neither a truth value nor names arguments of ``lightning_ft.Compile``.
@@ -58,6 +61,10 @@ def savers(config: DictConfig) -> list[L.Callback]:
     wanted, found = config.get("compile"), list[L.Callback]()  # older runs' configs have none
     if config.get("gradient_checkpointing"):
         found.append(GradientCheckpointing())
+    if config.get("activation_recompute"):
+        found.append(ActivationRecompute())
+    if config.get("packed_weights"):
+        found.append(PackedWeights())
     if wanted:
         arguments, known = {} if wanted is True else wanted, signature(Compile).parameters
         if not isinstance(arguments, Mapping) or set(arguments) - set(known):

@@ -197,6 +197,7 @@ def _imagined(config: DictConfig, data: TextDataModule, imagination: Imagination
     import torch
 
     from lightning_ft.apps import build
+    from lightning_ft.callbacks.recompute import Recomputation
     from lightning_ft.estimate import store_as
     from lightning_ft.tasks.pretrained import without_weights
 
@@ -217,6 +218,8 @@ def _imagined(config: DictConfig, data: TextDataModule, imagination: Imagination
             enable({"use_reentrant": False, "preserve_rng_state": False})  # there is no random state to preserve
             model.disable_input_require_grads()
             model.config.use_cache = False
+        if config.get("activation_recompute"):
+            Recomputation(module.model)
         return module, _adapter_bytes(module, method.backbone)
 
 

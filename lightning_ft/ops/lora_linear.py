@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_ft.ops.dropout import Kept, keep, product
 from lightning_ft.ops.imagined import device_type
+from lightning_ft.ops.packed import PackedWeight
 
 
 class Linear(NamedTuple):
@@ -29,12 +30,14 @@ class Linear(NamedTuple):
         weight, bias: (out, in), or packed, and (out,).
         dense: makes the (out, in) of a packed weight.
         dtype: what it computes in; None for that of the weight.
+        packed: the weight in an order in which products with it are quicker.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     dense: Callable[[Tensor], Tensor] | None = None
     dtype: torch.dtype | None = None
+    packed: PackedWeight | None = None
 
 
 def lora_linear(x: Tensor, linear: Linear, a: Tensor, b: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
@@ -57,13 +60,14 @@ def lora_linear(x: Tensor, linear: Linear, a: Tensor, b: Tensor, scaling: float,
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else linear.dtype or linear.weight.dtype
+    frozen = (linear.weight, linear.bias, linear.dense, linear.packed if dtype == linear.weight.dtype else None)
     if torch.compiler.is_compiling():  # it fuses what it sees
         out = _plainly(x, linear, a, b, scaling, dropout, dtype)
     elif autocast:
         with torch.autocast(kind, enabled=False):
-            return _LoRALinear.apply(x, *linear[:3], a, b, scaling, dropout, dtype)
+            return _LoRALinear.apply(x, *frozen, a, b, scaling, dropout, dtype)
     else:
-        out = _LoRALinear.apply(x, *linear[:3], a, b, scaling, dropout, dtype)
+        out = _LoRALinear.apply(x, *frozen, a, b, scaling, dropout, dtype)
     return out if autocast or out.dtype == x.dtype else out.to(x.dtype)
 
 
@@ -86,24 +90,26 @@ class _LoRALinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         dense: Callable[[Tensor], Tensor] | None,
+        packed: PackedWeight | None,
         a: Tensor,
         b: Tensor,
         scaling: float,
         dropout: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.dense, ctx.dtypes, ctx.s = dense, (x.dtype, a.dtype, b.dtype), scaling / (1 - dropout)
+        ctx.dense, ctx.packed, ctx.dtypes, ctx.s = dense, packed, (x.dtype, a.dtype, b.dtype), scaling / (1 - dropout)
         sa = a * ctx.s if a.dtype == dtype else torch.mul(a, ctx.s, out=torch.empty_like(a, dtype=dtype))
         x, b = _to(x, dtype), _to(b, dtype)
-        rows, full, bias = _rows(x), _full(weight, dense, dtype), _to(bias, dtype)
+        rows, bias = _rows(x), _to(bias, dtype)
         ctx.kept = kept = keep(rows, dropout)
-        ctx.merged = dropout == 0 and _pays_to_merge(rows, a, b)
+        ctx.merged = dropout == 0 and packed is None and _pays_to_merge(rows, a, b)
         if ctx.merged:
             h = None
-            out = F.linear(rows, torch.addmm(full, b, sa), bias)
+            out = F.linear(rows, torch.addmm(_full(weight, dense, dtype), b, sa), bias)
         else:
             h = kept.times(rows, sa.t())
-            out = F.linear(rows, full, bias).addmm_(h, b.t())
+            out = packed.times(rows, bias) if packed else F.linear(rows, _full(weight, dense, dtype), bias)
+            out.addmm_(h, b.t())
         ctx.save_for_backward(x, weight, sa, b, h, *kept.saved)
         kept.saved = ()
         return out if x.ndim == 2 else out.view(*x.shape[:-1], out.shape[-1])
@@ -120,7 +126,7 @@ class _LoRALinear(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, sa, b, h, *saved = ctx.saved_tensors
-    wants_x, _, wants_bias, _, wants_a, wants_b, *_ = ctx.needs_input_grad
+    wants_x, _, wants_bias, _, _, wants_a, wants_b, *_ = ctx.needs_input_grad
     kept: Kept = type(ctx.kept)(*saved) if saved else ctx.kept
     rows, grad, (x_dtype, a_dtype, b_dtype) = _rows(x), _rows(grad), ctx.dtypes
     dx = da = db = dbias = None
@@ -131,12 +137,15 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if wants_a:
         da = kept.under(dh.t(), rows, a_dtype)
     if wants_x:
-        full = _full(weight, ctx.dense, grad.dtype)
-        dx = grad @ torch.addmm(full, b, sa) if ctx.merged else kept.add_product_(grad @ full, dh, sa, 1 / ctx.s)
+        if ctx.packed:
+            dx = kept.add_product_(ctx.packed.back(grad), dh, sa, 1 / ctx.s)
+        else:
+            full = _full(weight, ctx.dense, grad.dtype)
+            dx = grad @ torch.addmm(full, b, sa) if ctx.merged else kept.add_product_(grad @ full, dh, sa, 1 / ctx.s)
         dx = _to(dx.view(x.shape), x_dtype)
     if wants_bias:
         dbias = grad.sum(0)
-    return dx, None, dbias, None, da, db, None, None, None
+    return dx, None, dbias, None, None, da, db, None, None, None
 
 
 def _by_columns(b: Tensor) -> Tensor:

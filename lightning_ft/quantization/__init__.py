@@ -35,7 +35,7 @@ from lightning_ft.injection import (
     parent_of,
     trained_names,
 )
-from lightning_ft.ops import Linear
+from lightning_ft.ops import Linear, packed_weight
 
 INSTALL = "pip install 'lightning-ft[quantization]'"
 
@@ -244,9 +244,11 @@ def frozen_linear(module: Any, x: Tensor) -> Linear | None:
         return module.as_linear(x) if torch.is_grad_enabled() else None
     if (weight.requires_grad and torch.is_grad_enabled()) or not is_whole(weight):
         return None
-    if forward is nn.Linear.forward:
-        return Linear(weight, module.bias)
-    return Linear(weight.T, module.bias) if is_conv1d(module) else None
+    if forward is not nn.Linear.forward:
+        if not is_conv1d(module):
+            return None
+        weight = weight.T
+    return Linear(weight, module.bias, packed=packed_weight(module, weight))
 
 
 def dense_weight(module: Any) -> Tensor:

@@ -83,6 +83,10 @@ def test_a_language_model_in_16_bits_by_its_config(tmp_path: Path, data: Path) -
     found = estimate(*whole)
     fewer = estimate(*whole, "gradient_checkpointing=true")
     assert fewer["memory"]["activations"] < found["memory"]["activations"] / 3
+    fewer = estimate(*whole, "activation_recompute=true")
+    # Of each layer silu(g) and its product with u aren't kept; rows are as full as tokens says.
+    batch = found["batch_size"] * 64
+    assert found["memory"]["activations"] - fewer["memory"]["activations"] == 3 * 2 * batch * 128 * 4
     half = estimate(*whole, "trainer.precision=bf16-true")
     assert half["memory"]["gradients"] == found["memory"]["gradients"]  # what is added stays in fp32
     assert half["memory"]["weights"] < 0.7 * found["memory"]["weights"]

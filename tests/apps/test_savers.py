@@ -1,4 +1,4 @@
-"""``gradient_checkpointing`` and ``compile``: one key each, for every method; and the doctor, who looks by default."""
+"""``gradient_checkpointing``, ``compile`` and the like: one key each, for every method; and the doctor, by default."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from commands import call, reviews, succeed, tiny_run, write_csv
 from lightning.pytorch import Callback
 from transformers import PreTrainedModel
 
+from lightning_ft import ActivationRecompute, PackedWeights
 from lightning_ft.apps import build
 from lightning_ft.callbacks.compile import Compile
 
@@ -43,6 +44,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     [
         ([], (False, False)),
         (["gradient_checkpointing=true"], (True, False)),
+        (["activation_recompute=true", "packed_weights=true", "method.target_modules=all-linear"], (False, False)),
         (["compile={backend: eager, dynamic: true}", "method=prompt"], (False, True)),
     ],
 )
@@ -65,7 +67,10 @@ def test_what_compile_is_not_is_said_before_anything_is_read(run: list[str], wan
 def test_true_is_with_the_defaults() -> None:
     from omegaconf import OmegaConf
 
-    (callback,) = build.savers(OmegaConf.create({"compile": True}))
+    wanted = dict.fromkeys(("compile", "activation_recompute", "packed_weights"), True)
+    recompute, packing, callback = build.savers(OmegaConf.create(wanted))
+    assert isinstance(recompute, ActivationRecompute)
+    assert isinstance(packing, PackedWeights)
     assert isinstance(callback, Compile)
     assert (callback.mode, callback.backend) == (None, "inductor")
     assert build.savers(OmegaConf.create({"compile": False})) == []
