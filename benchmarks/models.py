@@ -30,7 +30,6 @@ OPT_IN: dict[str, Callable[[Any], Any]] = {
     "ours, packed": _pack,
     "ours, recompute": Recomputation,
     "ours, packed, recompute": lambda model: (_pack(model), Recomputation(model)),
-    "ours, checkpointing": lambda model: model.gradient_checkpointing_enable({"use_reentrant": False}),
 }
 """What can be asked for beside the defaults, by its name in the tables: does it to an injected model."""
 
