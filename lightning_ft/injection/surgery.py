@@ -327,6 +327,8 @@ def _without_whole(base: Base, plan: Mapping[str, Layer], method: str) -> dict[s
 
 def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """What a module computes with: the first of the arguments of its forward, named or not, that is a tensor."""
+    if args and isinstance(args[0], Tensor):
+        return args[0]
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), torch.empty(0))
 
 

@@ -131,7 +131,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     rows, grad, (x_dtype, a_dtype, b_dtype) = _rows(x), _rows(grad), ctx.dtypes
     dx = da = db = dbias = None
     h = rows @ sa.t() if h is None else h
-    dh = torch.addmm(h, grad, _by_columns(b), beta=0, alpha=ctx.s)
+    dh = torch.addmm(h, grad, _by_columns(b, len(grad)), beta=0, alpha=ctx.s)
     if wants_b:  # a BLAS is slow at a result of few columns, on a CPU above all
         db = product(grad.t(), h, b_dtype) if grad.is_cuda else product(h.t(), grad, b_dtype).t()
     if wants_a:
@@ -148,9 +148,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return dx, None, dbias, None, None, da, db, None, None, None
 
 
-def _by_columns(b: Tensor) -> Tensor:
-    """``b`` (out, r) stored by columns, where a BLAS is several times slower at a product with few rows."""
-    return b if b.is_cuda or b.numel() < 2**10 else b.t().contiguous().t()
+def _by_columns(b: Tensor, rows: int) -> Tensor:
+    """``b`` (out, r) stored by columns, where a BLAS is several times slower at its product with many rows."""
+    return b if b.is_cuda or rows < 2**9 else b.t().contiguous().t()
 
 
 def _to(tensor: Any, dtype: torch.dtype) -> Any:

@@ -240,11 +240,12 @@ def frozen_linear(module: Any, x: Tensor) -> Linear | None:
     packed while nothing trains: bitsandbytes has kernels for that.
     """
     weight, forward = module.weight, getattr(module, "_original", type(module)).forward
-    if is_quantized(module):
+    is_linear = forward is nn.Linear.forward  # asked first: it's the usual, and asked at each step
+    if not is_linear and is_quantized(module):
         return module.as_linear(x) if torch.is_grad_enabled() else None
     if (weight.requires_grad and torch.is_grad_enabled()) or not is_whole(weight):
         return None
-    if forward is not nn.Linear.forward:
+    if not is_linear:
         if not is_conv1d(module):
             return None
         weight = weight.T

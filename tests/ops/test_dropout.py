@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ft.ops.dropout import Kept, keep, positions
+from lightning_ft.ops.dropout import AllBut, Kept, keep, positions
 
 
 def mask_of(kept: Kept, like: Tensor) -> Tensor:
@@ -52,6 +52,19 @@ def test_products_are_those_with_the_mask(p: float) -> None:
     assert added is out
     assert torch.equal(x, before)
     assert x._version == 0  # autograd must not think that it changed
+
+
+def test_rows_in_pieces_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, right, left = torch.randn(301, 70), torch.randn(70, 3), torch.randn(3, 301)
+    kept = keep(x, 0.1)
+    assert isinstance(kept, AllBut)
+    found = []
+    for size in (2**20, 9 * 70 * 4):  # at once, and in pieces of nine rows
+        monkeypatch.setitem(AllBut.times.__globals__, "_IN_CACHE", size)
+        product = kept.add_product_(x.clone(), left.T, right.T, 2.0)
+        found.append((kept.times(x, right), kept.under(left, x, x.dtype), product))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_a_product_that_fails_leaves_its_input_as_it_was() -> None:
