@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 from lightning_ft.ops.dropout import HAS_TRITON
 from lightning_ft.ops.imagined import device_type, imagined_device
 
-_AT_ONCE = {"cpu": 2**24}
+_AT_ONCE = {"cpu": 2**25}
 _AT_ONCE_ELSEWHERE = 2**27
-"""How many logits there are at a time: 64 MiB of them in fp32 on a CPU, 256 MiB in 16 bits on a GPU."""
+"""How many logits there are at a time: 128 MiB of them in fp32 on a CPU, 256 MiB in 16 bits on a GPU."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
