@@ -16,16 +16,17 @@ from lightning_ft.data.module import TextDataModule
 class _Clock(Callback):
     """Times steps, but for the first one, and counts their tokens."""
 
-    seconds, tokens = 0.0, 0
+    seconds, tokens, batches = 0.0, 0, 0
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Start the clock."""
+        self.batches += 1
         self._started = time.perf_counter()
 
-    def on_train_batch_end(self, _: L.Trainer, __: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, _: L.Trainer, __: Any, outputs: Any, batch: Any, *___: Any) -> None:
         """Stop it."""
         outputs["loss"].item()  # waits for a GPU
-        if batch_idx:
+        if self.batches > 1:  # not by batch_idx: an epoch may be a batch long
             self.seconds += time.perf_counter() - self._started
             self.tokens += batch["input_ids"].numel()
 

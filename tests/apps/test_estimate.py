@@ -69,6 +69,8 @@ def test_the_largest_batch_and_the_time(tiny_bert_dir: str, data: Path) -> None:
         for n in (rows, rows + 1)
     ]
     assert at[0] <= 20_000_000 < at[1]
+    few = estimate(*asked(tiny_bert_dir, data, "data.batch_size=60", "steps=1", "device=cpu"))  # a batch is an epoch
+    assert few["seconds_per_epoch"] == pytest.approx(few["seconds_per_step"], rel=1)
 
 
 def test_a_language_model_in_16_bits_by_its_config(tmp_path: Path, data: Path) -> None:
