@@ -164,8 +164,10 @@ class TrunkCache(Callback):
         if self._prefix is None:
             return
         if self._versions != (now := self._prefix.versions()):
-            self._kept.clear()
             self._versions = now
+            if (digest := self._prefix.digest()) != self._digest:  # else the same was written again
+                self._digest = digest
+                self._kept.clear()
         model = self._prefix.model
 
         # Copies of the model that are made meanwhile have these hooks too, which must do nothing there.

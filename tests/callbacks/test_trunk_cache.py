@@ -320,6 +320,29 @@ def test_weights_that_are_loaded_within_a_fit_are_noticed() -> None:
     assert cache.hits == cache.calls - 2 * ROWS // BATCH
 
 
+def test_what_was_kept_of_other_weights_within_a_fit_serves_no_later_one_over_the_first() -> None:
+    class Loads(L.Callback):
+        factor = 1.1
+
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                state = pl_module.net.bert.state_dict()
+                pl_module.net.bert.load_state_dict({key: value * self.factor for key, value in state.items()})
+
+    cache, module, plain, loads = TrunkCache(), Texts(), Texts(), Loads()
+    first = {key: value.clone() for key, value in module.net.bert.state_dict().items()}
+    fit(module, HeadOnly(), cache, loads, max_epochs=2)
+    module.net.bert.load_state_dict(first)
+    plain.load_state_dict(module.state_dict())
+    fit(module, HeadOnly(), cache, max_epochs=2)
+    fit(plain, HeadOnly(), Still(STACKS["bert"], 0), max_epochs=2)
+    same(plain, module)
+
+    loads.factor, cache = 1, TrunkCache()
+    fit(Texts(), HeadOnly(), cache, loads)
+    assert cache.hits == cache.calls - ROWS // BATCH, "the same was loaded again"
+
+
 def test_a_resumed_fit_is_the_same(tmp_path: Path) -> None:
     half, resumed = Texts(), Texts()
     fit(half, TopLayers(k=1), TrunkCache(), seed=5, max_epochs=1).save_checkpoint(tmp_path / "x.ckpt")
