@@ -42,12 +42,14 @@ class Compile(Callback):
         self.mode, self.dynamic, self.fullgraph, self.backend = mode, dynamic, fullgraph, backend
         self.backbone = backbone
         self._root: Any = None
+        self._before: Any = None  # what the user's own compile() left there
         self._called = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compile, which takes its time at the first batch."""
         self._root, self._called = find_base(pl_module, self.backbone).root, False
         root = self._root
+        self._before = root._compiled_call_impl
         root.compile(mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph, backend=self.backend)
         compiled = root._compiled_call_impl
 
@@ -72,8 +74,7 @@ class Compile(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the model as it was."""
         if self._root is not None:
-            self._root._compiled_call_impl = None
-            self._root = None
+            self._root._compiled_call_impl, self._root = self._before, None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was."""

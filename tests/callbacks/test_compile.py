@@ -64,6 +64,15 @@ def test_gradient_checkpointing_goes_with_it() -> None:
         torch.testing.assert_close(both.state_dict()[key], value, atol=1e-6, rtol=1e-5, msg=key)
 
 
+def test_a_model_that_the_user_compiled_is_so_afterwards() -> None:
+    module = make(BertInInit)
+    module.model.compile(backend="eager")
+    compiled = module.model._compiled_call_impl
+    with torch.compiler.set_stance("force_eager"):
+        fit(module, LoRA(r=2), Compile(backend="eager"))
+    assert module.model._compiled_call_impl is compiled
+
+
 def test_what_would_compile_nothing_is_refused() -> None:
     class Trunk(BertInInit):
         def outputs(self, x: Tensor) -> Tensor:
