@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
 from lightning_ft import CausalLM, Classification, FullFineTuning, LoRA
+from lightning_ft.callbacks.checkpointing import checkpoint_layers
 from lightning_ft.estimate import Imagination, Memory, step_memory
 
 MINILM = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
@@ -88,9 +89,7 @@ def built(work: Workload, preserve_rng_state: bool) -> tuple[Any, Callable[[dict
     model.train()
     work.method().inject(model)
     if work.checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "preserve_rng_state": preserve_rng_state})
-        model.disable_input_require_grads()
+        checkpoint_layers(model, preserve_rng_state=preserve_rng_state)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def loss(batch: dict[str, Tensor]) -> Tensor:

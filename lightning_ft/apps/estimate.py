@@ -197,6 +197,7 @@ def _imagined(config: DictConfig, data: TextDataModule, imagination: Imagination
     import torch
 
     from lightning_ft.apps import build
+    from lightning_ft.callbacks.checkpointing import checkpoint_layers
     from lightning_ft.callbacks.recompute import Recomputation
     from lightning_ft.estimate import store_as
     from lightning_ft.tasks.pretrained import without_weights
@@ -213,11 +214,7 @@ def _imagined(config: DictConfig, data: TextDataModule, imagination: Imagination
         if stored := _STORED.get(str(config.trainer.precision)):
             store_as(module, getattr(torch, stored))
         if config.get("gradient_checkpointing"):
-            model: Any = module.model
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False, "preserve_rng_state": False})  # there is no random state to preserve
-            model.disable_input_require_grads()
-            model.config.use_cache = False
+            checkpoint_layers(module.model, preserve_rng_state=False)  # there is no random state to preserve
         if config.get("activation_recompute"):
             Recomputation(module.model)
         return module, _adapter_bytes(module, method.backbone)

@@ -44,11 +44,10 @@ class GradientCheckpointing(Callback):
                 " call torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) in its forward."
             )
         for model in self._models:
-            if not model.supports_gradient_checkpointing:
-                raise InjectionError(f"{type(model).__name__} has no gradient checkpointing: leave it out.")
+            _refuse_without(model)
         self._begun = False
         for model in self._models:
-            self._switch_on(model)
+            self._before += checkpoint_layers(model)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """See, once, that it has an effect."""
@@ -73,18 +72,37 @@ class GradientCheckpointing(Callback):
         """Leave the models as they were."""
         self.teardown(trainer, pl_module, "")
 
-    def _switch_on(self, model: Any) -> None:
-        flags = [(layer, "gradient_checkpointing", layer.gradient_checkpointing) for layer in _layers(model)]
-        configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-        caches = [(c, "use_cache", c.use_cache) for c in configs.values() if getattr(c, "use_cache", None) is not None]
-        self._before += [*flags, *caches]
-        asked_before = hasattr(model, _ASKING)
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        if hasattr(model, _ASKING) and not asked_before:
-            model.disable_input_require_grads()
-        for config, name, _ in caches:
-            setattr(config, name, False)
+
+def checkpoint_layers(model: Any, **keywords: Any) -> list[tuple[Any, str, Any]]:
+    """Have a Hugging Face model checkpoint its layers in training.
+
+    Args:
+        model: the model.
+        keywords: more of ``torch.utils.checkpoint.checkpoint``'s.
+
+    Returns:
+        What was set otherwise before: where, its name, its value.
+
+    Raises:
+        InjectionError: if the model can't.
+    """
+    _refuse_without(model)
+    flags = [(layer, "gradient_checkpointing", layer.gradient_checkpointing) for layer in _layers(model)]
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    caches = [(c, "use_cache", c.use_cache) for c in configs.values() if getattr(c, "use_cache", None) is not None]
+    asked_before = hasattr(model, _ASKING)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **keywords})
+    if hasattr(model, _ASKING) and not asked_before:
+        model.disable_input_require_grads()
+    for config, name, _ in caches:
+        setattr(config, name, False)
+    return [*flags, *caches]
+
+
+def _refuse_without(model: Any) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise InjectionError(f"{type(model).__name__} has no gradient checkpointing: leave it out.")
 
 
 def _layers(model: nn.Module) -> list[Any]:
