@@ -29,6 +29,7 @@ class Asked:
         rounds: what trains and isn't fp32 if the model isn't, in words; empty if there's nothing.
         optimizer: the class of the optimizer.
         penalty: a penalty that compares weights, or empty.
+        shares: by what the devices share the weights out, ``FSDP2`` or ``ZeRO-3``; empty if each has them whole.
         bitsandbytes: whether it's installed.
         bf16: whether the device computes in bf16, and ``tf32``: in TF32.
     """
@@ -42,6 +43,7 @@ class Asked:
     rounds: str
     optimizer: str
     penalty: str
+    shares: str
     bitsandbytes: bool
     bf16: bool
     tf32: bool
@@ -74,6 +76,14 @@ REFUSED = (
         lambda a: bool(a.packed) and bool(a.penalty),
         "the penalty {penalty} compares weights, and the base's are packed into {packed}. Use regularizer=kl or replay,"
         " which compare outputs, or precision=bf16-mixed.",
+    ),
+    Rule(
+        lambda a: bool(a.packed) and bool(a.shares),
+        "{shares} shares weights out, and packed into {packed} they can't be. Use trainer=ddp, or precision=bf16.",
+    ),
+    Rule(
+        lambda a: a.optimizer.startswith("bitsandbytes.") and a.shares == "FSDP2",
+        "{optimizer} knows no parts of tensors, which {shares} makes. Use optimizer=adamw, or trainer=ddp.",
     ),
     Rule(
         lambda a: bool(a.packed) and not a.bitsandbytes,
@@ -144,6 +154,7 @@ def read(config: DictConfig) -> Asked:
         rounds=_rounds(config, method),
         optimizer=str(config.optimizer._target_),
         penalty=compares[0] if compares else "",
+        shares=_shares(config.trainer.get("strategy")),
         bitsandbytes=importlib.util.find_spec("bitsandbytes") is not None,
         bf16=device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False),
         tf32=device == "cuda" and torch.cuda.get_device_capability() >= (8, 0),
@@ -157,6 +168,16 @@ def device_of(accelerator: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _shares(strategy: Any) -> str:
+    """By what a Trainer's ``strategy``, a name or a constructor call, has devices share the weights out."""
+    name, stage = str(strategy), None
+    if OmegaConf.is_dict(strategy):
+        name, stage = str(strategy.get("_target_")), strategy.get("stage")
+    if "fsdp" in name.lower() or name.endswith("ModelParallelStrategy"):
+        return "FSDP2"
+    return "ZeRO-3" if stage == 3 or name.startswith("deepspeed_stage_3") else ""
 
 
 def _rounds(config: DictConfig, method: Any) -> str:

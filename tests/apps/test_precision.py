@@ -67,6 +67,10 @@ def test_each_choice_goes_with_lora_where_it_says_so(name: str, monkeypatch: pyt
         ({**CPU, "bitsandbytes": False}, "precision=nf4", r"pip install 'lightning-ft\[quantization\]'"),
         ({**CPU, "bitsandbytes": False}, "optimizer=adamw_8bit", r"pip install 'lightning-ft\[quantization\]'"),
         (CPU, "optimizer=paged_adamw_8bit", "optimizer=adamw_8bit"),
+        (CPU, "precision=nf4 trainer=fsdp", "FSDP2 shares.*trainer=ddp"),
+        (GPU, "precision=int8 trainer=deepspeed_zero3", "ZeRO-3 shares.*trainer=ddp"),
+        (GPU, "precision=nf4 trainer.strategy=deepspeed_stage_3_offload", "ZeRO-3 shares.*trainer=ddp"),
+        (CPU, "optimizer=adamw_8bit trainer=fsdp", "optimizer=adamw"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_with_the_cure(
@@ -80,6 +84,11 @@ def test_what_is_hardly_meant_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "bf16-mixed keeps it in fp32" in told(monkeypatch, GPU, "precision=bf16", "method=full")[1][0]
     assert "precision=fp16-mixed" in told(monkeypatch, {**GPU, "bf16": False}, "precision=bf16-mixed")[1][0]
     assert "TF32 is for" in told(monkeypatch, {**GPU, "tf32": False}, "precision=tf32")[1][0]
+
+
+def test_a_packed_base_goes_with_devices_that_have_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for strategy in ("trainer=ddp", "trainer=deepspeed_zero2", "trainer=default"):
+        assert told(monkeypatch, GPU, "precision=nf4", "optimizer=adamw_8bit", strategy) == ("", [])
 
 
 def test_it_is_refused_before_a_model_or_data_are_read() -> None:
