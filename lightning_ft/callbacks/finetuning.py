@@ -39,6 +39,7 @@ from lightning_ft.injection import (
     all_or_nothing,
     find_base,
     injected_modules,
+    is_quantized,
     is_thawed,
     match_modules,
 )
@@ -282,9 +283,14 @@ class FineTuning(Callback, ABC):
     def _inject_if_built(self, model: nn.Module, inject: Callable[[], None]) -> None:
         """Inject before the module is sharded. One that is built and sharded in one hook must inject by itself."""
         try:
-            find_base(model, self.backbone)
+            base = find_base(model, self.backbone)
         except InjectionError:
             return  # injection after the hook says what is wrong
+        if self._quantization is not None or any(is_quantized(module) for _, module in base.named_modules()):
+            raise InjectionError(
+                f"{type(self).__name__}: FSDP2 can't share out a base that is packed into a few bits, whose parts don't"
+                " know their scales. Use strategy='ddp', or leave quantize out."
+            )
         inject()
 
     def _restore_modes(self) -> None:

@@ -247,6 +247,8 @@ def test_what_cannot_be_sharded_is_refused(sharding: partial[ModelParallelStrate
     for method in (AdaLoRA(), GradualUnfreezing()):
         with pytest.raises(InjectionError, match="shards"):
             trainer(sharding(), method).fit(finetuner(), loader())
+    with pytest.raises(InjectionError, match=r"LoRA: FSDP2 can't share out a base that is packed.*Use strategy='ddp'"):
+        trainer(sharding(), LoRA(r=2, quantize="nf4")).fit(Own(early=True), loader())
     module = finetuner()
     trainer(sharding(), LoRA(r=2)).fit(module, loader())
     with pytest.raises(InjectionError, match="save_adapter"):
