@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from lightning_ft.callbacks.checkpoint_io import AdapterCheckpointIO
-from lightning_ft.callbacks.sharding import gather_checkpoints, shards
+from lightning_ft.callbacks.sharding import exchanges, gather_checkpoints, shards
 from lightning_ft.files.peft import INSIDE
 from lightning_ft.files.state import frozen_modules
 from lightning_ft.injection import (
@@ -209,7 +209,8 @@ class FineTuning(Callback, ABC):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the optimizers hold just what trains, and that no other callback changes what doesn't."""
         base = find_base(pl_module, self.backbone)
-        _cover(pl_module, base, trainer.optimizers)
+        if not exchanges(trainer.strategy):
+            _cover(pl_module, base, trainer.optimizers)
         if _averaging(trainer, "StochasticWeightAveraging") and _frozen_norms(base):
             raise InjectionError(
                 "StochasticWeightAveraging takes new statistics for every BatchNorm, and those of the frozen base must"

@@ -21,6 +21,11 @@ def shards(strategy: Any) -> bool:
     return any(kind.__name__ == _STRATEGY for kind in type(strategy).__mro__)
 
 
+def exchanges(strategy: Any) -> bool:
+    """Whether optimizers step on tensors of the strategy's own in the place of the module's, as under DeepSpeed."""
+    return any(kind.__name__ == "DeepSpeedStrategy" for kind in type(strategy).__mro__)
+
+
 class Gathering(ABC):  # an ABC as Strategy is: else the class of one couldn't be exchanged
     """What a sharding strategy needs to read and write what other strategies do; a mixin.
 

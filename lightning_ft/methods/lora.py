@@ -566,9 +566,15 @@ class LoRA(FineTuning):
         super().on_fit_start(trainer, pl_module)
         if self.loraplus_lr_ratio != 1:
             base = find_base(pl_module, self.backbone)  # another LoRA may be on another one
-            own = [m for _, m in base.named_modules() if isinstance(m, LoRALayer)]
+            own = [m.lora_B for _, m in base.named_modules() if isinstance(m, LoRALayer)]
+            held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+            if held.isdisjoint(map(id, own)):
+                raise InjectionError(
+                    f"LoRA+ lengthens an optimizer's steps on B, and {type(trainer.strategy).__name__} has it step on"
+                    " other tensors in the place of B. Use strategy='ddp', or loraplus_lr_ratio=1."
+                )
             for optimizer in trainer.optimizers:
-                self._hooks += lengthen_steps(optimizer, [layer.lora_B for layer in own], self.loraplus_lr_ratio)
+                self._hooks += lengthen_steps(optimizer, own, self.loraplus_lr_ratio)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See :class:`FineTuning`."""

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from foreign import BertInInit, Classifier, make, trainer, vector_data
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from reference.lora import dora_linear, residual_linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -273,6 +274,23 @@ def test_lora_plus_is_a_higher_rate_of_b(optimizer: Callable[..., torch.optim.Op
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     moved = zip(injected_modules(lengthened), injected_modules(usual), strict=True)
     assert not any(torch.equal(one.lora_B, other.lora_B) for (_, one), (_, other) in moved)
+
+
+def test_where_an_optimizer_steps_on_tensors_of_its_own_it_is_left_alone_and_lora_plus_refused() -> None:
+    class Elsewhere(BertInInit):
+        def configure_optimizers(self) -> Any:
+            self.flat = [nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters() if p.requires_grad]))]
+            return torch.optim.SGD(self.flat, lr=1e-2)
+
+    def deepspeed() -> Any:
+        return type("DeepSpeedStrategy", (SingleDeviceStrategy,), {})(device="cpu")
+
+    module = make(Elsewhere)
+    run = trainer(LoRA(r=R), max_steps=1, strategy=deepspeed())
+    run.fit(module)
+    assert run.optimizers[0].param_groups[0]["params"] == module.flat
+    with pytest.raises(InjectionError, match=r"DeepSpeedStrategy has it step on other .* Use strategy='ddp'"):
+        trainer(LoRA(r=R, loraplus_lr_ratio=16.0), max_steps=1, strategy=deepspeed()).fit(make(Elsewhere))
 
 
 class TwoBases(Classifier):
