@@ -336,6 +336,14 @@ def test_the_memory_of_a_packed_base_and_its_true_counts(kind: str, share: float
     assert count_parameters(model)[0] == counts[0]
 
 
+def test_what_zero_3_has_shared_out_counts_as_the_whole() -> None:
+    layer: Any = nn.Linear(4, 3)
+    for parameter in layer.parameters():
+        parameter.ds_numel = parameter.numel()
+        parameter.data = torch.empty(0)
+    assert count_parameters(layer) == (15, 15)
+
+
 def test_a_refused_method_leaves_the_base_dense() -> None:
     import foreign
 

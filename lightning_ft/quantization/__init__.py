@@ -315,9 +315,12 @@ def _forget(module: nn.Module, names: Iterable[str]) -> None:
 
 
 def count(parameter: Tensor) -> int:
-    """How many weights a parameter stands for: of one that is packed into 4 bits, twice as many as bytes, or more."""
+    """How many weights a parameter stands for: of one that is packed into 4 bits, twice as many as bytes, or more.
+
+    Of one that ZeRO-3 shares out, which is empty between two uses, all of them.
+    """
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else math.prod(state.shape)
+    return getattr(parameter, "ds_numel", parameter.numel()) if state is None else math.prod(state.shape)
 
 
 # ------------------------------------------------------------------------------------ loading into packed layers
