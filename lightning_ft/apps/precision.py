@@ -138,9 +138,9 @@ def read(config: DictConfig) -> Asked:
     """What the rules look at, of the config of a run, and of this machine.
 
     Raises:
-        QuantizationError: if ``quantize`` isn't what it can be.
+        RequestError, QuantizationError: if ``quantize`` isn't what it can be.
     """
-    device, quantize = device_of(config.trainer.get("accelerator", "auto")), config.get("quantize")
+    device = device_of(config.trainer.get("accelerator", "auto"))
     method: Any = get_class(config.method._target_)
     penalties = {name: get_class(node._target_) for name, node in (config.get("regularizer") or {}).items()}
     compares: Any = [name for name, kind in penalties.items() if kind.compares_weights]  # type: ignore[attr-defined]
@@ -148,7 +148,7 @@ def read(config: DictConfig) -> Asked:
         device=device,
         precision=str(config.trainer.get("precision") or "32-true"),
         matmul=config.get("matmul_precision", "highest"),
-        packed=Quantization.of(OmegaConf.to_container(quantize)).kind if quantize else "",  # type: ignore[arg-type]
+        packed=_packed(config),
         method=method.__name__,
         trains_weights=method.trains_of_base == "weights",
         rounds=_rounds(config, method),
@@ -168,6 +168,15 @@ def device_of(accelerator: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _packed(config: DictConfig) -> str:
+    """What the base is packed into, as it's read or by the method's callback; empty if it isn't."""
+    quantize: Any = config.get("quantize")
+    if quantize and not OmegaConf.is_dict(quantize):
+        raise RequestError(f"quantize must be a mapping, quantize={{kind: nf4}}, not {quantize}; or use precision=nf4.")
+    asked: Any = quantize or config.method.get("quantize")
+    return Quantization.of(OmegaConf.to_container(asked) if OmegaConf.is_dict(asked) else asked).kind if asked else ""
 
 
 def _shares(strategy: Any) -> str:

@@ -68,6 +68,8 @@ def test_each_choice_goes_with_lora_where_it_says_so(name: str, monkeypatch: pyt
         ({**CPU, "bitsandbytes": False}, "optimizer=adamw_8bit", r"pip install 'lightning-ft\[quantization\]'"),
         (CPU, "optimizer=paged_adamw_8bit", "optimizer=adamw_8bit"),
         (CPU, "precision=nf4 trainer=fsdp", "FSDP2 shares.*trainer=ddp"),
+        (CPU, "+method.quantize=nf4 trainer=fsdp", "FSDP2 shares.*trainer=ddp"),
+        (CPU, "+method.quantize={kind:int8} regularizer=ewc", "regularizer=kl"),
         (GPU, "precision=int8 trainer=deepspeed_zero3", "ZeRO-3 shares.*trainer=ddp"),
         (GPU, "precision=nf4 trainer.strategy=deepspeed_stage_3_offload", "ZeRO-3 shares.*trainer=ddp"),
         (CPU, "optimizer=adamw_8bit trainer=fsdp", "optimizer=adamw"),
@@ -93,6 +95,7 @@ def test_a_packed_base_goes_with_devices_that_have_it_whole(monkeypatch: pytest.
 
 def test_it_is_refused_before_a_model_or_data_are_read() -> None:
     missing = ["model=hub", "model.name=nowhere", "data=file", "data.path=nothing.csv"]
+    assert "quantize={kind: nf4}, not nf4" in call("train", "quantize=nf4", *missing).message
     for app, methods in (("train", "method=full"), ("compare", "methods=[lora,full]")):
         answer = call(app, "precision=nf4", methods, *missing)
         assert "FullFineTuning trains weights of the base, and packed into nf4 they can't" in answer.message
