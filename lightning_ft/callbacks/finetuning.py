@@ -323,6 +323,8 @@ class FineTuning(Callback, ABC):
             raise InjectionError(
                 f"{names} must come after {type(self).__name__} in Trainer(callbacks=[...]): it copies the module."
             )
+        if averaging and shards(trainer.strategy):
+            raise InjectionError(f"{names} copies the module, whose parts under FSDP2 can't be. Use strategy='ddp'.")
         if averaging and hook is not None:
             try:
                 inject()

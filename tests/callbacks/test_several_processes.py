@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import lightning_ft
-from lightning_ft import AdaLoRA, Adapter, Classification, FineTuner, GradualUnfreezing, LoRA, PromptTuning
+from lightning_ft import AdaLoRA, Adapter, Averaging, Classification, FineTuner, GradualUnfreezing, LoRA, PromptTuning
 from lightning_ft.errors import UserError
 from lightning_ft.files.state import whole
 from lightning_ft.injection import InjectionError
@@ -247,6 +247,8 @@ def test_what_cannot_be_sharded_is_refused(sharding: partial[ModelParallelStrate
     for method in (AdaLoRA(), GradualUnfreezing()):
         with pytest.raises(InjectionError, match="shards"):
             trainer(sharding(), method).fit(finetuner(), loader())
+    with pytest.raises(InjectionError, match=r"Averaging copies the module, .*Use strategy='ddp'"):
+        trainer(sharding(), LoRA(r=2), Averaging()).fit(finetuner(), loader())
     with pytest.raises(InjectionError, match=r"LoRA: FSDP2 can't share out a base that is packed.*Use strategy='ddp'"):
         trainer(sharding(), LoRA(r=2, quantize="nf4")).fit(Own(early=True), loader())
     module = finetuner()
