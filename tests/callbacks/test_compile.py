@@ -12,6 +12,7 @@ import torch
 from foreign import CNN, BertInInit, make, trainer
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
+from test_contract import METHODS
 from torch import Tensor, nn
 
 import lightning_ft
@@ -52,6 +53,18 @@ def test_a_fit_is_the_same_compiled_in_one_graph_and_leaves_no_trace() -> None:
     assert compiled.model._compiled_call_impl is None
     fit(compiled, method)
     assert backend.graphs == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dora", "adalora", "adapter", "ia3", "p_tuning", "prefix", "gradual_unfreezing"])
+def test_other_methods_are_one_graph_too(name: str) -> None:
+    torch._dynamo.reset()
+    short, backend = {"max_epochs": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0}, Counting()
+    eager = fit(make(BertInInit), copy.copy(METHODS[name]), **short)
+    compiled = fit(make(BertInInit), copy.copy(METHODS[name]), Compile(fullgraph=True, backend=backend), **short)  # type: ignore[arg-type]
+    assert backend.graphs == 1
+    for key, value in eager.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[key], value, atol=1e-5, rtol=1e-5, msg=key)
 
 
 @pytest.mark.slow
