@@ -56,9 +56,13 @@ def savers(config: DictConfig) -> list[L.Callback]:
     packed weights, compilation.
 
     Raises:
-        RequestError: if ``compile`` is neither a truth value nor names arguments of ``lightning_ft.Compile``.
+        RequestError: if ``compile`` is neither a truth value nor names arguments of ``lightning_ft.Compile``, or if
+            what is asked for doesn't go together.
     """
     wanted, found = config.get("compile"), list[L.Callback]()  # older runs' configs have none
+    beside = [key for key in ("gradient_checkpointing", "compile") if config.get(key)]
+    if config.get("activation_recompute") and beside:
+        raise RequestError(f"activation_recompute has no part beside {beside[0]}: leave one of them out.")
     if config.get("gradient_checkpointing"):
         found.append(GradientCheckpointing())
     if config.get("activation_recompute"):

@@ -62,6 +62,7 @@ def estimate(config: DictConfig) -> dict[str, Any]:
         config.optimizer.lr = 1e-3  # any: it changes nothing here
     device = _device(config, limit)
     precision.check(config, device)
+    build.savers(config)  # they go together
     data = build.datamodule(config)
     row, tokens = _longest_row(config, data)
     imagination = Imagination(device)

@@ -176,7 +176,8 @@ def _packed(config: DictConfig) -> str:
     if quantize and not OmegaConf.is_dict(quantize):
         raise RequestError(f"quantize must be a mapping, quantize={{kind: nf4}}, not {quantize}; or use precision=nf4.")
     asked: Any = quantize or config.method.get("quantize")
-    return Quantization.of(OmegaConf.to_container(asked) if OmegaConf.is_dict(asked) else asked).kind if asked else ""
+    values: Any = OmegaConf.to_container(asked) if OmegaConf.is_dict(asked) else asked
+    return Quantization.of(values).kind if values else ""
 
 
 def _shares(strategy: Any) -> str:

@@ -103,3 +103,5 @@ def test_what_makes_no_sense_is_said(tiny_bert_dir: str, data: Path) -> None:
     assert "cpu or cuda" in message("device=tpu")
     assert "tokens must be" in message("tokens=0")
     assert "steps must be" in message("steps=-1")
+    both = message("activation_recompute=true", "gradient_checkpointing=true")
+    assert both.startswith("activation_recompute has no part beside gradient_checkpointing: leave one of them out")

@@ -64,13 +64,18 @@ def test_what_compile_is_not_is_said_before_anything_is_read(run: list[str], wan
     assert message.startswith("compile must be true, false or arguments of mode, dynamic, fullgraph, backend, backbone")
 
 
+def test_what_does_not_go_together_is_said_before_anything_is_read(run: list[str]) -> None:
+    message = call(*run, "activation_recompute=true", "compile=true").message
+    assert message.strip() == "activation_recompute has no part beside compile: leave one of them out."
+
+
 def test_true_is_with_the_defaults() -> None:
     from omegaconf import OmegaConf
 
-    wanted = dict.fromkeys(("compile", "activation_recompute", "packed_weights"), True)
-    recompute, packing, callback = build.savers(OmegaConf.create(wanted))
+    recompute, packing = build.savers(OmegaConf.create({"activation_recompute": True, "packed_weights": True}))
     assert isinstance(recompute, ActivationRecompute)
     assert isinstance(packing, PackedWeights)
+    (callback,) = build.savers(OmegaConf.create({"compile": True}))
     assert isinstance(callback, Compile)
     assert (callback.mode, callback.backend) == (None, "inductor")
     assert build.savers(OmegaConf.create({"compile": False})) == []
