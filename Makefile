@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# A process a core; the tests of a file, which may share what they have made, stay in one.
+IN_PARALLEL := -n auto --dist loadfile
+
 .PHONY: help demo test test-fast lint types bench wheel clean
 .DEFAULT_GOAL := help
 
@@ -14,10 +17,10 @@ demo: $(VENV)/demo  ## fine-tune a real model with LoRA on the bundled reviews
 	$(BIN)/lightning-ft train experiment=demo
 
 test: $(VENV)/dev  ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 test-fast: $(VENV)/dev  ## run the tests that take no more than seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow"
 
 lint: $(VENV)/dev  ## check style and format
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
-from lightning_ft import Averaging, LoRA, Overfitting, Retention
+from lightning_ft import Averaging, LoRA, Overfitting, Retention, TrunkCache
 from lightning_ft.apps.paths import conf_dir
 from lightning_ft.callbacks.overfit import Point, judge
 
@@ -83,7 +83,7 @@ def callbacks(*overrides: str) -> dict[str, Any]:
 
 
 def test_presets_go_beside_the_default_ones() -> None:
-    names = ["default", "early_stopping", "averaging", "overfit", "retention"]
+    names = ["default", "early_stopping", "averaging", "overfit", "retention", "trunk_cache"]
     found = callbacks(f"callbacks=[{','.join(names)}]", "callbacks.early_stopping.patience=5")
     assert {"learning_rate", "efficiency"} < set(found)
     kinds = {
@@ -91,6 +91,7 @@ def test_presets_go_beside_the_default_ones() -> None:
         "averaging": Averaging,
         "overfit": Overfitting,
         "retention": Retention,
+        "trunk_cache": TrunkCache,
     }
     assert {name: type(found[name]) for name in kinds} == kinds
     assert found["early_stopping"].patience == 5

@@ -166,7 +166,9 @@ def fit(module: Any, *callbacks: Any, seed: int = 3, **more: Any) -> Any:
 
 def same(a: nn.Module, b: nn.Module) -> None:
     state = b.state_dict()
-    for key, value in a.state_dict().items():
+    # A softmax doesn't see a key's bias: its gradient is rounding, of which Adam makes steps.
+    seen = {key: value for key, value in a.state_dict().items() if not key.endswith(("key.bias", "k_proj.bias"))}
+    for key, value in seen.items():
         torch.testing.assert_close(value, state[key], atol=1e-5, rtol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
