@@ -151,7 +151,9 @@ def finetuner(**more: Any) -> FineTuner:
 
 
 @pytest.mark.parametrize(
-    "method", [LoRA(r=2), LoRA(r=2, init_lora_weights="pissa"), Adapter(), PromptTuning(num_virtual_tokens=3)], ids=repr
+    "method",
+    [LoRA(r=2), LoRA(r=2, init_lora_weights="pissa"), Adapter(), PromptTuning(num_virtual_tokens=3)],
+    ids=["lora", "pissa", "adapter", "prompt"],
 )
 def test_what_shards_hold_is_saved_whole(method: Any, sharding: partial[ModelParallelStrategy], tmp_path: Path) -> None:
     data = loader()
