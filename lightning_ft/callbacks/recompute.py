@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_ft.callbacks.checkpointing import GradientCheckpointing
 from lightning_ft.callbacks.compile import Compile
 from lightning_ft.errors import UserError
-from lightning_ft.injection import find_base
+from lightning_ft.injection import find_base, is_compiled
 
 # Pointwise, without random numbers, nothing to autocast; their backward passes read what goes in, not what comes out.
 _CHEAP = frozenset({F.gelu, F.silu, F.mish, F.leaky_relu, F.hardswish, F.relu6, F.hardtanh, torch.mul, Tensor.mul})
@@ -269,7 +269,7 @@ def _check(trainer: Any, module: nn.Module) -> None:
             "ActivationRecompute saves nothing beside GradientCheckpointing, which keeps no activation of a layer:"
             " leave one of them out."
         )
-    compiled = any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in module.modules())
+    compiled = any(is_compiled(part) for part in module.modules())
     if compiled or any(isinstance(callback, Compile) for callback in trainer.callbacks):
         raise UserError(
             "ActivationRecompute doesn't go with torch.compile, which decides itself what it keeps and what it computes"

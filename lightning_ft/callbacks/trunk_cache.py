@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_ft.callbacks.frozen_prefix import FrozenPrefix, Pass
 from lightning_ft.callbacks.row_store import Row, RowStore, padded, rows_of
 from lightning_ft.errors import UserError
-from lightning_ft.injection import find_base
+from lightning_ft.injection import find_base, is_compiled
 
 _MIB = 2**20
 _READS = ("output_hidden_states", "output_attentions")  # what the lower layers give beside their outputs
@@ -278,8 +278,7 @@ def _salt(model: Any, inputs: Mapping[str, Any]) -> str:
 def _refuse_compiled(module: nn.Module, model: nn.Module) -> None:
     inside = set(model.modules())
     for part in module.modules():
-        compiled = part._compiled_call_impl is not None or "_orig_mod" in part._modules
-        if compiled and (part in inside or model in set(part.modules())):
+        if is_compiled(part) and (part in inside or model in set(part.modules())):
             raise UserError(
                 f"TrunkCache can't skip layers of what is compiled, and {type(model).__name__} is: leave out Compile or"
                 " torch.compile, or TrunkCache."

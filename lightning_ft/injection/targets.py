@@ -65,6 +65,11 @@ def plain(name: str) -> str:
     return re.sub(rf"(\\?\.)?\b{_COMPILED}\b", "", name).lstrip("\\.") if _COMPILED in name else name
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile runs in the place of ``module``'s own forward, or of that of what it wraps."""
+    return module._compiled_call_impl is not None or _COMPILED in module._modules
+
+
 def _but_wrappers(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in modules if _COMPILED not in module._modules)
 
@@ -311,7 +316,7 @@ def _default_targets(
     base: Base, names: dict[str, nn.Module], supported: Callable[[nn.Module], bool]
 ) -> str | list[str]:
     model_type: Any = getattr(getattr(base.root, "config", None), "model_type", None)
-    usual = [s for s in _QUERY_VALUE.get(model_type, ()) if any(_ends_with(name, s) for name in names)]
+    usual = [s for s in _QUERY_VALUE.get(model_type, ()) if any(ends_with(name, s) for name in names)]
     if usual:
         return usual
     linear = _all_linear(base, names, supported)
@@ -352,9 +357,9 @@ def _match_regex(pattern: str, names: Sequence[str], argument: str) -> list[str]
 
 
 def _match_suffixes(patterns: Sequence[str], names: Sequence[str], argument: str) -> list[str]:
-    found = [name for name in names if any(_ends_with(name, pattern) for pattern in patterns)]
+    found = [name for name in names if any(ends_with(name, pattern) for pattern in patterns)]
     for pattern in patterns:
-        if not any(_ends_with(name, pattern) for name in found):
+        if not any(ends_with(name, pattern) for name in found):
             _refuse_or_warn(not found, f"{argument}: '{pattern}' matches no module. {_near(pattern, names)}")
     return found
 
@@ -366,7 +371,8 @@ def _refuse_or_warn(refuse: bool, message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _ends_with(name: str, suffix: str) -> bool:
+def ends_with(name: str, suffix: str) -> bool:
+    """Whether the path ``name`` is ``suffix``, or ends with it after a dot."""
     return f".{plain(name)}".endswith(f".{plain(suffix)}")
 
 

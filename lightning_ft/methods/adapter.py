@@ -52,6 +52,7 @@ from lightning_ft.injection import (
     InjectionError,
     Layer,
     detach,
+    ends_with,
     exactly,
     find_base,
     first_tensor,
@@ -59,7 +60,6 @@ from lightning_ft.injection import (
     injected_modules,
     is_conv1d,
     layer_numbers,
-    plain,
     resolve_targets,
 )
 
@@ -241,7 +241,7 @@ def usual_targets(base: Base, placement: Placement) -> list[str]:
     names = [name for name, _ in base.named_modules()]
 
     def ending(ends: str) -> set[str]:
-        return {name for name in names if f".{plain(name)}".endswith(tuple(f".{end}" for end in ends.split()))}
+        return {name for name in names if any(ends_with(name, end) for end in ends.split())}
 
     attention, feed_forward = set[str](), set[str]()
     for of_attention, of_feed_forward in _ENDS:

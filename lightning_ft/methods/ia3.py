@@ -25,6 +25,7 @@ from lightning_ft.injection import (
     Injected,
     InjectionError,
     Layer,
+    ends_with,
     exactly,
     first_tensor,
     inject_layers,
@@ -223,7 +224,7 @@ class IA3(FineTuning):
             if self.feedforward_modules and not inputs:
                 raise InjectionError(f"feedforward_modules={self.feedforward_modules!r} names none of the targets.")
         else:
-            inputs = [name for name in names if f".{plain(name)}".endswith(tuple(f".{end}" for end in feedforward))]
+            inputs = [name for name in names if any(ends_with(name, end) for end in feedforward)]
         plan = {}
         for name in names:
             n_in, n_out = sizes(base.root.get_submodule(name))
