@@ -40,10 +40,10 @@ import transformers
 from torch import Tensor, nn
 
 import lightning_ft
+from benchmarks.models import OF_LLAMA, limit, pair, to_nf4
 from lightning_ft import CausalLM, LoRA
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 512},
@@ -92,27 +92,11 @@ def base_model(work: Workload, device: str) -> Any:
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     if work.quantize:
-        import bitsandbytes as bnb
-
-        for name, module in list(model.named_modules()):
-            if name.rpartition(".")[2] in LINEARS:
-                layer = bnb.nn.Linear4bit(
-                    module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16,
-                    compress_statistics=True, quant_type="nf4", device="meta",
-                )  # fmt: skip
-                weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
-                layer.weight = weight.to(device)
-                model.set_submodule(name, layer)
-        model.is_loaded_in_4bit = True  # by which PEFT knows
+        to_nf4(model)
     model.config.use_cache = False
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.train()
-
-
-def twin(model: nn.Module) -> Any:
-    """A second tree of modules over the same weights."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def rivals(work: Workload, device: str) -> dict[str, tuple[Any, Callable[[Any, Tensor], Tensor]]]:
@@ -126,20 +110,10 @@ def rivals(work: Workload, device: str) -> dict[str, tuple[Any, Callable[[Any, T
     def our_loss(model: Any, ids: Tensor) -> Tensor:
         return task.training_loss(model, {"input_ids": ids, "labels": ids})
 
-    model = base_model(work, device)
-    ours, theirs = twin(model), twin(model)
-    LoRA(r=16, alpha=32, dropout=work.dropout, target_modules=LINEARS).inject(ours)
-    settings = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=work.dropout, target_modules=LINEARS)
-    theirs = peft.get_peft_model(theirs, settings)
-    values = dict(theirs.named_parameters())
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            other = values.get(f"base_model.model.{name}.default.weight")
-            if other is not None:
-                parameter.normal_(std=0.02)
-                other.copy_(parameter)
-    # The limit's gradient reaches the inputs, and nothing else.
-    model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
+    base = base_model(work, device)
+    settings = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=work.dropout, target_modules=OF_LLAMA)
+    models = pair(base, LoRA(r=16, alpha=32, dropout=work.dropout, target_modules=OF_LLAMA), settings)
+    ours, theirs, model = models["ours"], models["PEFT"], limit(base)
     for each in (model, ours, theirs):
         if work.checkpointing:
             each.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -111,7 +111,8 @@ def to_nf4(model: Any) -> Any:
                 module.in_features, module.out_features, bias=False, compute_dtype=module.weight.dtype,
                 quant_type="nf4", device="meta",
             )  # fmt: skip
-            layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+            packed = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            layer.weight = packed.to(module.weight.device)
             # Or a forward pass in evaluation packs the weights anew, and the next step of training fails.
             layer.support_avx512bf16_for_cpu = False
             model.set_submodule(name, layer)
