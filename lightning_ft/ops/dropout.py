@@ -54,6 +54,10 @@ class Kept:
         """``out += m ∘ (alpha · L R)`` in place: (rows, n), from (rows, r) and (r, n); ``out`` is contiguous."""
         return out.addmm_(left, right, alpha=alpha)
 
+    def of_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """``m ∘ (L R)``: (rows, r) and (r, n) to (rows, n)."""
+        return left @ right
+
 
 class AllBut(Kept):
     """All but what lies at some positions (k,) of x as a vector, which ascend.
@@ -86,6 +90,15 @@ class AllBut(Kept):
             before = flat.index_select(0, dropped)
             out[rows].addmm_(left[rows], right, alpha=alpha)
             flat.scatter_(0, dropped, before)
+        return out
+
+    def of_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """``m ∘ (L R)``."""
+        out = left.new_empty(len(left), right.shape[1])
+        flat = out.view(-1)
+        for rows, dropped in self._pieces(out):
+            torch.mm(left[rows], right, out=out[rows])
+            flat.index_fill_(0, dropped, 0)
         return out
 
     def _pieces(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -132,6 +145,10 @@ class Masked(Kept):
         """``out += m ∘ (alpha · L R)``."""
         return out.addcmul_(left @ right, self.saved[0], value=alpha)
 
+    def of_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """``m ∘ (L R)``."""
+        return (left @ right).mul_(self.saved[0])
+
 
 class Seeded(Kept):
     """What a seed says, with the probability p of being dropped: on a GPU, by a kernel that draws the mask anew."""
@@ -153,6 +170,10 @@ class Seeded(Kept):
         from lightning_ft.ops.triton_dropout import add_masked_
 
         return add_masked_(out, left @ right, alpha, self.p, self.seed)
+
+    def of_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """``m ∘ (L R)``."""
+        return self._masked(left @ right)
 
     def _masked(self, x: Tensor) -> Tensor:
         from lightning_ft.ops.triton_dropout import masked

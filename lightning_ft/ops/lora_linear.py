@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_ft.ops.autograd import as_rows, cast, first_order
 from lightning_ft.ops.dropout import Kept, keep, product
 from lightning_ft.ops.imagined import device_type
 from lightning_ft.ops.packed import PackedWeight
+from lightning_ft.ops.shared_input import rows_of, thin_product
 
 
 class Linear(NamedTuple):
@@ -60,15 +62,26 @@ def lora_linear(x: Tensor, linear: Linear, a: Tensor, b: Tensor, scaling: float,
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else linear.dtype or linear.weight.dtype
-    frozen = (linear.weight, linear.bias, linear.dense, linear.packed if dtype == linear.weight.dtype else None)
     if torch.compiler.is_compiling():  # it fuses what it sees
         out = _plainly(x, linear, a, b, scaling, dropout, dtype)
     elif autocast:
         with torch.autocast(kind, enabled=False):
-            return _LoRALinear.apply(x, *frozen, a, b, scaling, dropout, dtype)
+            return _fused(x, linear, a, b, scaling, dropout, dtype)
     else:
-        out = _LoRALinear.apply(x, *frozen, a, b, scaling, dropout, dtype)
+        out = _fused(x, linear, a, b, scaling, dropout, dtype)
     return out if autocast or out.dtype == x.dtype else out.to(x.dtype)
+
+
+def _fused(
+    x: Tensor, linear: Linear, a: Tensor, b: Tensor, scaling: float, dropout: float, dtype: torch.dtype
+) -> Tensor:
+    frozen = (linear.weight, linear.bias, linear.dense, linear.packed if dtype == linear.weight.dtype else None)
+    rows = rows_of(x, dtype)
+    if dropout and torch.is_grad_enabled():
+        h = thin_product(x, rows, a, scaling, dropout)
+        if h is not None:
+            return _OverShared.apply(x, h, rows, *frozen, b)
+    return _LoRALinear.apply(x, rows, *frozen, a, b, scaling, dropout)
 
 
 def _plainly(
@@ -76,7 +89,7 @@ def _plainly(
 ) -> Tensor:
     low_rank = F.linear(F.linear(F.dropout(x.to(dtype), dropout), a.to(dtype)), b.to(dtype))
     weight = linear.weight if linear.dense is None else linear.dense(linear.weight)
-    return F.linear(x.to(dtype), weight.to(dtype), _to(linear.bias, dtype)) + scaling * low_rank
+    return F.linear(x.to(dtype), weight.to(dtype), cast(linear.bias, dtype)) + scaling * low_rank
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -87,6 +100,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        rows: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         dense: Callable[[Tensor], Tensor] | None,
@@ -95,12 +109,12 @@ class _LoRALinear(torch.autograd.Function):
         b: Tensor,
         scaling: float,
         dropout: float,
-        dtype: torch.dtype,
     ) -> Tensor:
-        ctx.dense, ctx.packed, ctx.dtypes, ctx.s = dense, packed, (x.dtype, a.dtype, b.dtype), scaling / (1 - dropout)
+        dtype = rows.dtype
+        ctx.dense, ctx.packed, ctx.s = dense, packed, scaling / (1 - dropout)
+        ctx.x, ctx.dtypes = (x.shape, x.dtype), (a.dtype, b.dtype)
         sa = a * ctx.s if a.dtype == dtype else torch.mul(a, ctx.s, out=torch.empty_like(a, dtype=dtype))
-        x, b = _to(x, dtype), _to(b, dtype)
-        rows, bias = _rows(x), _to(bias, dtype)
+        b, bias = cast(b, dtype), cast(bias, dtype)
         ctx.kept = kept = keep(rows, dropout)
         ctx.merged = dropout == 0 and packed is None and _pays_to_merge(rows, a, b)
         if ctx.merged:
@@ -108,44 +122,89 @@ class _LoRALinear(torch.autograd.Function):
             out = F.linear(rows, torch.addmm(_full(weight, dense, dtype), b, sa), bias)
         else:
             h = kept.times(rows, sa.t())
-            out = packed.times(rows, bias) if packed else F.linear(rows, _full(weight, dense, dtype), bias)
-            out.addmm_(h, b.t())
-        ctx.save_for_backward(x, weight, sa, b, h, *kept.saved)
+            out = _frozen(rows, weight, bias, dense, packed).addmm_(h, b.t())
+        ctx.save_for_backward(rows, weight, sa, b, h, *kept.saved)
         kept.saved = ()
         return out if x.ndim == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("LoRA's linear layers have no second derivative (create_graph=True).")
-        if torch.is_autocast_enabled(grad.device.type):
-            with torch.autocast(grad.device.type, enabled=False):
-                return _gradients(ctx, grad)
-        return _gradients(ctx, grad)
+        rows, weight, sa, b, h, *saved = ctx.saved_tensors
+        wants_x, _, _, wants_bias, _, _, wants_a, wants_b, *_ = ctx.needs_input_grad
+        kept: Kept = type(ctx.kept)(*saved) if saved else ctx.kept
+        grad, (shape, x_dtype), (a_dtype, b_dtype) = as_rows(grad), ctx.x, ctx.dtypes
+        dx = da = None
+        h = rows @ sa.t() if h is None else h
+        dh = torch.addmm(h, grad, _by_columns(b, len(grad)), beta=0, alpha=ctx.s)
+        db = _gradient_of_b(grad, h, b_dtype) if wants_b else None
+        if wants_a:
+            da = kept.under(dh.t(), rows, a_dtype)
+        if wants_x:
+            if ctx.merged:
+                dx = grad @ torch.addmm(_full(weight, ctx.dense, grad.dtype), b, sa)
+            else:
+                dx = kept.add_product_(_back(grad, weight, ctx.dense, ctx.packed), dh, sa, 1 / ctx.s)
+            dx = cast(dx.view(shape), x_dtype)
+        dbias = grad.sum(0) if wants_bias else None
+        return dx, None, None, dbias, None, None, da, db, None, None
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, sa, b, h, *saved = ctx.saved_tensors
-    wants_x, _, wants_bias, _, _, wants_a, wants_b, *_ = ctx.needs_input_grad
-    kept: Kept = type(ctx.kept)(*saved) if saved else ctx.kept
-    rows, grad, (x_dtype, a_dtype, b_dtype) = _rows(x), _rows(grad), ctx.dtypes
-    dx = da = db = dbias = None
-    h = rows @ sa.t() if h is None else h
-    dh = torch.addmm(h, grad, _by_columns(b, len(grad)), beta=0, alpha=ctx.s)
-    if wants_b:  # a BLAS is slow at a result of few columns, on a CPU above all
-        db = product(grad.t(), h, b_dtype) if grad.is_cuda else product(h.t(), grad, b_dtype).t()
-    if wants_a:
-        da = kept.under(dh.t(), rows, a_dtype)
-    if wants_x:
-        if ctx.packed:
-            dx = kept.add_product_(ctx.packed.back(grad), dh, sa, 1 / ctx.s)
-        else:
-            full = _full(weight, ctx.dense, grad.dtype)
-            dx = grad @ torch.addmm(full, b, sa) if ctx.merged else kept.add_product_(grad @ full, dh, sa, 1 / ctx.s)
-        dx = _to(dx.view(x.shape), x_dtype)
-    if wants_bias:
-        dbias = grad.sum(0)
-    return dx, None, dbias, None, None, da, db, None, None, None
+class _OverShared(torch.autograd.Function):
+    """``W x + bias + h Bᵀ``: what is left of a layer whose thin product is shared."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dense: Callable[[Tensor], Tensor] | None,
+        packed: PackedWeight | None,
+        b: Tensor,
+    ) -> Tensor:
+        ctx.dense, ctx.packed, ctx.x, ctx.b_dtype = dense, packed, (x.shape, x.dtype), b.dtype
+        b = cast(b, rows.dtype)
+        out = _frozen(rows, weight, cast(bias, rows.dtype), dense, packed).addmm_(h, b.t())
+        ctx.save_for_backward(weight, b, h)
+        return out if x.ndim == 2 else out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        weight, b, h = ctx.saved_tensors
+        wants_x, wants_h, _, _, wants_bias, _, _, wants_b = ctx.needs_input_grad
+        grad, (shape, x_dtype) = as_rows(grad), ctx.x
+        dx = cast(_back(grad, weight, ctx.dense, ctx.packed).view(shape), x_dtype) if wants_x else None
+        dh = grad @ _by_columns(b, len(grad)) if wants_h else None
+        db = _gradient_of_b(grad, h, ctx.b_dtype) if wants_b else None
+        dbias = grad.sum(0) if wants_bias else None
+        return dx, dh, None, None, dbias, None, None, db
+
+
+def _frozen(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dense: Callable[[Tensor], Tensor] | None,
+    packed: PackedWeight | None,
+) -> Tensor:
+    """``x Wᵀ + bias``."""
+    return packed.times(rows, bias) if packed else F.linear(rows, _full(weight, dense, rows.dtype), bias)
+
+
+def _back(
+    grad: Tensor, weight: Tensor, dense: Callable[[Tensor], Tensor] | None, packed: PackedWeight | None
+) -> Tensor:
+    """``dy W``."""
+    return packed.back(grad) if packed else grad @ _full(weight, dense, grad.dtype)
+
+
+def _gradient_of_b(grad: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
+    """``dyᵀ h``: (out, r). A BLAS is slow at a result of few columns, on a CPU above all."""
+    return product(grad.t(), h, dtype) if grad.is_cuda else product(h.t(), grad, dtype).t()
 
 
 def _by_columns(b: Tensor, rows: int) -> Tensor:
@@ -153,18 +212,9 @@ def _by_columns(b: Tensor, rows: int) -> Tensor:
     return b if b.is_cuda or rows < 2**9 else b.t().contiguous().t()
 
 
-def _to(tensor: Any, dtype: torch.dtype) -> Any:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _rows(x: Tensor) -> Tensor:
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    return rows if rows.is_contiguous() else rows.contiguous()
-
-
 def _full(weight: Tensor, dense: Callable[[Tensor], Tensor] | None, dtype: torch.dtype) -> Tensor:
     """The frozen W (out, in)."""
-    return _to(weight if dense is None else dense(weight), dtype)
+    return cast(weight if dense is None else dense(weight), dtype)
 
 
 def _pays_to_merge(rows: Tensor, a: Tensor, b: Tensor) -> bool:

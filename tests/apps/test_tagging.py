@@ -40,7 +40,7 @@ def run(tiny_bert_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("tagging")
     data = write_sentences(home / "reviews.conll", 200, seed=0)
     folder = home / "runs" / "lora"
-    more = ["task=tagging", "optimizer.lr=0.02", "trainer.max_epochs=4", "test_before=true"]
+    more = ["task=tagging", "optimizer.lr=0.02", "trainer.max_epochs=10", "test_before=true"]
     succeed(*tiny_run(tiny_bert_dir, data, *more, f"hydra.run.dir={folder}"), cwd=home)
     return folder
 

@@ -50,6 +50,7 @@ def test_products_are_those_with_the_mask(p: float) -> None:
     added = kept.add_product_(out, torch.ones(9, 2).double(), torch.ones(2, 7).double(), 0.5)
     torch.testing.assert_close(added, wanted)
     assert added is out
+    torch.testing.assert_close(kept.of_product(left.T, right.T), mask * (left.T @ right.T))
     assert torch.equal(x, before)
     assert x._version == 0  # autograd must not think that it changed
 
@@ -62,7 +63,8 @@ def test_rows_in_pieces_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     for size in (2**20, 9 * 70 * 4):  # at once, and in pieces of nine rows
         monkeypatch.setitem(AllBut.times.__globals__, "_IN_CACHE", size)
         product = kept.add_product_(x.clone(), left.T, right.T, 2.0)
-        found.append((kept.times(x, right), kept.under(left, x, x.dtype), product))
+        of_product = kept.of_product(left.T, right.T)
+        found.append((kept.times(x, right), kept.under(left, x, x.dtype), product, of_product))
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other)
 
