@@ -203,6 +203,55 @@ def test_an_encoder_and_its_decoder_have_the_same_rows(tmp_path: Path) -> None:
         torch.testing.assert_close(out[i], decoded(alone(tmp_path, name, tiny.t5), TOKENS[:4])[i], atol=1e-5, rtol=1e-5)
 
 
+class Full(nn.Linear):
+    """Computes in its own dtype, whatever autocast says, and lays its output out in an order of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x).mT.contiguous().mT
+
+
+class InFull(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.fc = Full(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16], ids=["autocast", "all in bf16"])
+@pytest.mark.parametrize("methods", [ALIKE, DORA], ids=["lora", "dora"])
+def test_rows_in_bf16_are_those_of_fp32_but_for_rounding(
+    methods: dict[str, FineTuning], model_dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model, bank = banked(tmp_path, methods, tiny.bert_classifier)
+    names = ([*methods, None] * ROWS)[: ROWS // 2]
+    with bank.rows(names, beams=2):
+        wanted = tiny.logits(model, TOKENS)
+    model.to(model_dtype)
+    with bank.rows(names, beams=2), torch.autocast("cpu", torch.bfloat16, enabled=model_dtype == torch.float32):
+        out = tiny.logits(model, TOKENS)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), wanted, atol=3e-2, rtol=3e-2)
+
+
+def test_rows_of_a_layer_that_autocast_leaves_in_fp32_stay_in_fp32(tmp_path: Path) -> None:
+    method = LoRA(r=2, target_modules=["fc"], backbone=".")
+    saved(tmp_path, {"ann": method, "ben": method}, InFull, ".")
+    model, x = InFull(), torch.randn(2, 3, 4)
+    bank = AdapterBank(model, ".")
+    for name in ("ann", "ben"):
+        bank.load(name, tmp_path / name)
+    with bank.rows(["ann", "ben"]):
+        wanted = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, wanted, atol=2e-2, rtol=2e-2)
+
+
 def test_stock_pefts_adapters_answer_a_mixed_batch_as_peft_does(tmp_path: Path) -> None:
     def config(r: int, *targets: str) -> Any:
         return peft.LoraConfig(r=r, target_modules=list(targets), task_type="SEQ_CLS", init_lora_weights=False)

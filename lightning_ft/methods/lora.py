@@ -21,7 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -173,11 +173,17 @@ class LoRALinear(LoRALayer):
         # Zeros fill smaller ranks up: they add nothing.
         a, b = (pad_sequence(list(side), batch_first=True)[index] for side in zip(*pairs, strict=True))
 
+        @cache
+        def sides(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            return a.to(dtype), b.to(dtype)
+
         def forward(base: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-            out, x = base(*args, **kwargs), first_tensor(args, kwargs)
-            x = x.to(a.dtype).reshape(len(index), -1, x.shape[-1])
-            low_rank = torch.bmm(torch.bmm(x, a.mT), b)  # (rows, tokens, out)
-            return out.add_(low_rank.view(out.shape))  # in place: another copy of it would cost more than the product
+            out, x = base(*args, **kwargs).contiguous(), first_tensor(args, kwargs)
+            a, b = sides(out.dtype)
+            h = torch.bmm(x.to(out.dtype).reshape(len(index), -1, x.shape[-1]), a.mT)  # (rows, tokens, r)
+            # In place: another copy of it would cost more than the product. Autocast leaves that alone, and not h.
+            out.view(len(index), -1, out.shape[-1]).baddbmm_(h.to(out.dtype), b)
+            return out
 
         return forward
 
