@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from omegaconf import DictConfig, OmegaConf
+from torch.optim import Optimizer
 
 from lightning_ft.apps import precision
 from lightning_ft.apps.errors import RequestError
@@ -88,12 +89,22 @@ def finetuner(config: DictConfig, facts: Mapping[str, Any]) -> FineTuner:
     """
     torch.set_float32_matmul_precision(config.get("matmul_precision", "highest"))  # older runs' configs have none
     task = instantiate(config.task, **facts, _convert_="all")
-    optimizer = instantiate(config.optimizer, _convert_="all")
     scheduler = instantiate(config.scheduler, _convert_="all")
     ratio = config.get("head_lr_ratio", 1.0)  # older runs' configs have none
     penalties = list(instantiate(config.get("regularizer") or {}, _convert_="all").values())  # older runs have none
     quantize: Any = OmegaConf.to_container(packed) if (packed := config.get("quantize")) else None  # older runs: none
-    return FineTuner(config.model.name, task, optimizer, scheduler, config.layer_decay, ratio, penalties, quantize)
+    return FineTuner(
+        config.model.name, task, optimizer(config), scheduler, config.layer_decay, ratio, penalties, quantize
+    )
+
+
+def optimizer(config: DictConfig) -> Callable[[list[dict[str, Any]]], Optimizer]:
+    """What makes the optimizer from parameter groups; ``fused: null`` is settled here."""
+    settings: Any = OmegaConf.to_container(config.optimizer, resolve=True)
+    if settings.get("fused", False) is None:
+        settings.pop("fused")  # another _target_ may not know it
+        settings |= {"fused": True} if precision.fuses(config) else {}
+    return instantiate(settings, _convert_="all")
 
 
 def check(config: DictConfig) -> None:

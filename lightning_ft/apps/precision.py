@@ -118,6 +118,8 @@ ADVICE = (
 )
 """What can be, but hardly as it was meant."""
 
+_FUSING = ("cpu", "cuda", "mps")  # of the devices that torch fuses its optimizers for, those that Lightning names
+
 
 def check(config: DictConfig, device: str | None = None) -> None:
     """Raise RequestError if the config asks for what can't be, on a device of another kind if one is named."""
@@ -132,6 +134,19 @@ def advice(config: DictConfig) -> list[str]:
     """What is to be said of settings that can be, but hardly as they were meant."""
     asked = read(config)
     return [rule.message.format(**vars(asked)) for rule in ADVICE if rule.holds(asked)]
+
+
+def fuses(config: DictConfig) -> bool:
+    """Whether the optimizer can update all tensors by one kernel.
+
+    With mixed precision Lightning won't clip gradients for that kernel, which could unscale them itself. DeepSpeed
+    makes the optimizer's step its own.
+    """
+    trainer, adamw = config.trainer, config.optimizer._target_ == "torch.optim.AdamW"
+    precision = str(trainer.get("precision") or "32-true")
+    mixed = precision.endswith("-mixed") or precision in ("16", "bf16")
+    deepspeed = "deepspeed" in str(trainer.get("strategy")).lower()
+    return adamw and device_of(trainer.get("accelerator", "auto")) in _FUSING and not mixed and not deepspeed
 
 
 def read(config: DictConfig) -> Asked:

@@ -12,7 +12,7 @@ from commands import call, choices, predicted, probabilities, reviews, succeed, 
 from hydra import compose, initialize_config_dir
 from transformers import AutoModelForSequenceClassification
 
-from lightning_ft.apps import precision
+from lightning_ft.apps import build, precision
 from lightning_ft.apps.errors import RequestError
 from lightning_ft.apps.paths import conf_dir
 
@@ -99,6 +99,53 @@ def test_it_is_refused_before_a_model_or_data_are_read() -> None:
     for app, methods in (("train", "method=full"), ("compare", "methods=[lora,full]")):
         answer = call(app, "precision=nf4", methods, *missing)
         assert "FullFineTuning trains weights of the base, and packed into nf4 they can't" in answer.message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fused"),
+    [
+        ("", True),
+        ("precision=bf16 trainer=ddp", True),
+        ("trainer=fsdp trainer.devices=2", True),
+        ("trainer.accelerator=cuda precision=fp16", True),
+        ("precision=bf16-mixed", None),  # Lightning would refuse to clip gradients, as in the next two
+        ("precision=nf4", None),
+        ("trainer.accelerator=cuda precision=fp16-mixed", None),
+        ("trainer.accelerator=tpu", None),
+        ("trainer=deepspeed_zero2", None),
+        ("trainer.strategy=deepspeed_stage_3_offload", None),
+        ("precision=fp16-mixed optimizer.fused=true", True),
+        ("optimizer.fused=false", False),
+        ("optimizer._target_=torch.optim.RMSprop", None),
+        ("optimizer=adamw_8bit", None),
+    ],
+)
+def test_adamw_is_fused_wherever_that_can_be_unless_something_else_is_said(overrides: str, fused: bool | None) -> None:
+    made: Any = build.optimizer(config(*overrides.split()))
+    assert made.keywords.get("fused") is fused
+
+
+def test_fused_or_not_it_learns_the_same_and_goes_on_from_the_others_state() -> None:
+    def after(*parts: tuple[int, str]) -> list[torch.Tensor]:
+        """The weights after so many steps of each optimizer, which begins with the state of the one before it."""
+        torch.manual_seed(0)
+        model, state = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)), None
+        for steps, fused in parts:
+            make = build.optimizer(config("optimizer.lr=1e-2", f"optimizer.fused={fused}"))
+            optimizer = make([{"params": [*model.parameters()]}])
+            if state is not None:
+                optimizer.load_state_dict(state)
+            for step in range(steps):
+                optimizer.zero_grad()
+                model(torch.randn(3, 6, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+                optimizer.step()
+            state = optimizer.state_dict()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    wanted = after((10, "false"), (10, "false"))
+    for parts in ([(10, "null"), (10, "null")], [(10, "false"), (10, "null")], [(10, "null"), (10, "false")]):
+        for one, two in zip(after(*parts), wanted, strict=True):
+            torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
