@@ -133,7 +133,7 @@ def _fit(config: Any, data: Any, facts: Any) -> float:
     """Train, and give the validation's loss."""
     L.seed_everything(config.seed, verbose=False)
     module = build.finetuner(config, facts)
-    callbacks = list(instantiate(config.callbacks, _convert_="all").values())
+    callbacks = build.callbacks(config)
     loggers = list(instantiate(config.logger, _convert_="all").values())
     trainer = instantiate(
         config.trainer, callbacks=[build.method(config), *callbacks], logger=loggers, _convert_="all"

@@ -206,7 +206,7 @@ def _trainer(config: DictConfig, method: FineTuning) -> tuple[L.Trainer, Efficie
     from lightning_ft.apps import build
     from lightning_ft.callbacks.efficiency import Efficiency
 
-    callbacks = list(instantiate(config.callbacks, _convert_="all").values())
+    callbacks = build.callbacks(config)
     efficiency = next((c for c in callbacks if isinstance(c, Efficiency)), None) or Efficiency()
     if efficiency not in callbacks:
         callbacks.append(efficiency)

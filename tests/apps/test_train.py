@@ -19,6 +19,8 @@ import torch
 import yaml
 from commands import LABELS, call, choices, reviews, succeed, tiny_run, write_csv
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
@@ -441,6 +443,25 @@ def test_a_rate_of_null_is_the_methods_own_and_a_given_one_is_used(
     succeed(*tiny_run(tiny_bert_dir, some_csv, *constant, asked))
     assert set(column(Path("run"), "lr-AdamW/all")) == {rate}
     assert runs.load_config(Path("run")).optimizer.lr == rate
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rates"),
+    [
+        ([], [10]),
+        (["trainer.enable_progress_bar=false"], []),
+        (["+callbacks.bar._target_=lightning.pytorch.callbacks.TQDMProgressBar", "+callbacks.bar.refresh_rate=3"], [3]),
+    ],
+    ids=str,
+)
+def test_the_bar_is_drawn_ten_times_a_second_unless_another_or_none_is_asked_for(
+    overrides: list[str], rates: list[int]
+) -> None:
+    places = ["trainer.default_root_dir=x", "callbacks.checkpoint.dirpath=x", "trainer.accelerator=cpu"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("train", [*places, *overrides])
+    trainer = instantiate(config.trainer, callbacks=build.callbacks(config), logger=False)
+    assert [bar.refresh_rate for bar in trainer.callbacks if isinstance(bar, ProgressBar)] == rates
 
 
 def test_layer_decay_gives_each_layer_its_rate(tiny_bert_dir: str, some_csv: Path) -> None:
