@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,91 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 
             if turn >= warm_up:
                 times[name].append(time.perf_counter() - start)
     return times
+
+
+def step_by_step(
+    loops: Mapping[str, Callable[[Iterable[Any]], Any]], batches: Sequence[Any], warm_up: int
+) -> dict[str, list[float]]:
+    """Seconds of each step of some loops over batches, a step of A, one of B, …; the first and the last aren't counted.
+
+    Whatever drives the loops (a Trainer), their steps are next to each other in time: they're in threads of which one
+    at a time is on, and which it is changes whenever one asks for its next batch. A step lasts from batch to batch.
+
+    Args:
+        loops: each takes all batches, once.
+        batches: for each of them.
+        warm_up: how many first steps aren't counted.
+
+    Raises:
+        RuntimeError: if a loop fails or doesn't take all batches, with its error as the cause.
+    """
+    turns = _Turns(len(loops))
+    given = [_Given(batches, turns, place) for place in range(len(loops))]
+
+    def go(loop: Callable[[Iterable[Any]], Any], own: _Given) -> None:
+        try:
+            turns.wait(own.place)
+            loop(own)
+            if len(own.seconds) < len(batches) - 1:
+                raise ValueError(f"A loop ended after {len(own.seconds)} of {len(batches)} steps.")
+            turns.wake(own.place + 1)
+        except BaseException as error:
+            turns.end(error)
+
+    threads = [threading.Thread(target=go, args=pair) for pair in zip(loops.values(), given, strict=True)]
+    for thread in threads:
+        thread.start()
+    turns.wake(0)
+    for thread in threads:
+        thread.join()
+    turns.check()
+    return {name: own.seconds[warm_up : len(batches) - 1] for name, own in zip(loops, given, strict=True)}
+
+
+class _Turns:
+    """Which of some threads is on."""
+
+    def __init__(self, count: int) -> None:
+        self._semaphores = [threading.Semaphore(0) for _ in range(count)]
+        self._error: BaseException | None = None
+
+    def wake(self, place: int) -> None:
+        self._semaphores[place % len(self._semaphores)].release()
+
+    def wait(self, place: int) -> None:
+        self._semaphores[place].acquire()
+        self.check()
+
+    def end(self, error: BaseException) -> None:
+        """Let none go on."""
+        self._error = self._error or error
+        for semaphore in self._semaphores:
+            semaphore.release()
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise RuntimeError("A loop has failed.") from self._error
+
+
+@dataclass
+class _Given:
+    """The batches as one of the loops gets them. They have a length: else a Trainer would ask for each one early."""
+
+    batches: Sequence[Any]
+    turns: _Turns
+    place: int
+    seconds: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.turns.wake(self.place + 1)
+            self.turns.wait(self.place)
+            start = time.perf_counter()
+            yield batch
+            self.seconds.append(time.perf_counter() - start)
 
 
 def ratio(times: Times, over: str, under: str) -> float:

@@ -45,7 +45,6 @@ class Size:
         lm_rows, lm_tokens: of one for the language model.
         new_tokens: to generate.
         adapters: how many share a batch.
-        lightning_steps: of a fit whose steps are timed one by one.
         data, model: for whole epochs; the model's folder, None for MiniLM.
     """
 
@@ -59,7 +58,6 @@ class Size:
     lm_tokens: int
     new_tokens: int
     adapters: tuple[int, ...]
-    lightning_steps: int
     data: str = "bundled:reviews_en"
     model: str | None = None
 
@@ -71,7 +69,6 @@ FULL = Size(
         "vocab_size": 32_000,
     },
     rows=32, tokens=128, few_rows=4, few_tokens=32, lm_rows=4, lm_tokens=512, new_tokens=32, adapters=(8, 32),
-    lightning_steps=40,
 )  # fmt: skip
 TINY = Size(
     bert={
@@ -82,7 +79,7 @@ TINY = Size(
         "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
         "vocab_size": 200,
     },
-    rows=3, tokens=8, few_rows=2, few_tokens=4, lm_rows=2, lm_tokens=8, new_tokens=3, adapters=(2,), lightning_steps=3,
+    rows=3, tokens=8, few_rows=2, few_tokens=4, lm_rows=2, lm_tokens=8, new_tokens=3, adapters=(2,),
 )  # fmt: skip
 
 

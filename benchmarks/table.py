@@ -28,7 +28,7 @@ AIMS = [
     ("W4", "language model", FASTER, 1.05), ("W4", "language model", SAVED, 0.75),
     ("W5", "default collation", FASTER, 2.5), ("W5", "group_by_length", FASTER, 1.3),
     ("W7", "8 adapters", FASTER, 1.5),
-    ("callback", "small batch", FASTER, 0.99),
+    ("callback", "small batch", FASTER, 0.99), ("callback", "small batch", OF_LIMIT, 1.05),
 ]  # fmt: skip
 """What the suite is to reach: at least so many times as fast, at most so much of the rest."""
 
@@ -121,7 +121,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(places, [bar[0] for bar in bars], fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel("times as fast as the peer; red: the frozen base alone")
+    axes.set_xlabel("times as fast as the peer; red: the limit")
     axes.margins(y=0.01)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,18 @@ import transformers
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from benchmarks.measure import PEER, in_turns, ratios
+from benchmarks.measure import LIMIT, PEER, in_turns, ratios, step_by_step
 from benchmarks.models import OF_BERT, Size, bert, twin
 from lightning_ft import LoRA
 from lightning_ft.apps import build
 from lightning_ft.apps.paths import conf_dir
+from lightning_ft.tasks.classification import Classification
+from lightning_ft.tasks.finetuner import FineTuner
 
 COLLATIONS = {"default collation": "random", "group_by_length": "group_by_length"}
 BY_HAND = "injected by hand"
+WARM_UP = 5
 
 
 def epoch(size: Size, rounds: int) -> Iterator[dict[str, Any]]:
@@ -56,25 +57,45 @@ def epoch(size: Size, rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def callback(size: Size, rounds: int) -> Iterator[dict[str, Any]]:
-    """A step under Lightning: the method's callback, and a module that was injected before."""
-    base = bert(size)
-    times: dict[str, list[float]] = {BY_HAND: [], "ours": []}
-    for turn in range(rounds + 1):
-        for name, found in times.items():
-            module = _Raw(twin(base))
-            method = LoRA(r=8, target_modules=OF_BERT)
-            if name == BY_HAND:
-                method.inject(module)
-            watch = _Watch()
-            trainer = L.Trainer(
-                max_steps=size.lightning_steps, callbacks=[watch] if name == BY_HAND else [method, watch],
-                accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                enable_model_summary=False,
-            )  # fmt: skip
-            trainer.fit(module, _batches(size))
-            if turn:
-                found.append(statistics.median(watch.seconds))
-    yield {"case": "small batch", **ratios(times, peer=BY_HAND)}
+    """A step under Lightning: the method's callback, and a module that was injected before; also without Lightning, and
+    with all that `lightning-ft train` has on."""
+    base, method = bert(size), LoRA(r=8, target_modules=OF_BERT)
+    shape, words = (size.few_rows, size.few_tokens), size.bert.get("vocab_size", 30522)
+    batches = [
+        {"input_ids": torch.randint(0, words, shape), "labels": torch.randint(0, 2, shape[:1])}
+        for _ in range(WARM_UP + rounds + 1)
+    ]
+    quiet: dict[str, Any] = {
+        "max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False,
+    }  # fmt: skip
+
+    def without_lightning(batches: Iterable[Any]) -> None:
+        module = _Raw(twin(base))
+        method.inject(module)
+        optimizer = module.configure_optimizers()
+        for i, batch in enumerate(batches):
+            optimizer.zero_grad()
+            module.training_step(batch, i).backward()
+            optimizer.step()
+
+    def by_hand(batches: Iterable[Any]) -> None:
+        module = _Raw(twin(base))
+        method.inject(module)
+        L.Trainer(**quiet).fit(module, batches)
+
+    def ours(batches: Iterable[Any]) -> None:
+        L.Trainer(**quiet, callbacks=[LoRA(r=8, target_modules=OF_BERT)]).fit(_Raw(twin(base)), batches)
+
+    def command(batches: Iterable[Any]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            config = _config(size, folder)
+            task, scheduler = Classification(["bad", "good"]), instantiate(config.scheduler)
+            module = FineTuner(twin(base), task, build.optimizer(config), scheduler)
+            _trainer(config, LoRA(r=8, target_modules=OF_BERT)).fit(module, batches)
+
+    loops = {LIMIT: without_lightning, BY_HAND: by_hand, "ours": ours, "ours, lightning-ft train": command}
+    yield {"case": "small batch", **ratios(step_by_step(loops, batches, WARM_UP), peer=BY_HAND)}
 
 
 class _Raw(L.LightningModule):
@@ -87,31 +108,6 @@ class _Raw(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4)
-
-
-class _Watch(L.Callback):
-    """From the start of each batch to that of the next."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._last: float | None = None
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        now = time.perf_counter()
-        if self._last is not None:
-            self.seconds.append(now - self._last)
-        self._last = now
-
-
-def _batches(size: Size) -> DataLoader[Any]:
-    rows: Any = [
-        {
-            "input_ids": torch.randint(0, size.bert.get("vocab_size", 30522), (size.few_rows, size.few_tokens)),
-            "labels": torch.randint(0, 2, (size.few_rows,)),
-        }
-        for _ in range(size.lightning_steps)
-    ]
-    return DataLoader(rows, batch_size=None)
 
 
 def _config(size: Size, folder: str) -> Any:
@@ -133,13 +129,15 @@ def _fit(config: Any, data: Any, facts: Any) -> float:
     """Train, and give the validation's loss."""
     L.seed_everything(config.seed, verbose=False)
     module = build.finetuner(config, facts)
-    callbacks = build.callbacks(config)
-    loggers = list(instantiate(config.logger, _convert_="all").values())
-    trainer = instantiate(
-        config.trainer, callbacks=[build.method(config), *callbacks], logger=loggers, _convert_="all"
-    )  # fmt: skip
+    trainer = _trainer(config, build.method(config))
     trainer.fit(module, data)
     return trainer.callback_metrics["val/loss"].item()
+
+
+def _trainer(config: Any, method: L.Callback) -> L.Trainer:
+    loggers = list(instantiate(config.logger, _convert_="all").values())
+    callbacks = [method, *build.callbacks(config)]
+    return instantiate(config.trainer, callbacks=callbacks, logger=loggers, _convert_="all")
 
 
 def _train(config: Any, data: Any, sampling: str, folder: str) -> float:

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import sys
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,40 @@ def test_times_are_compared_turn_by_turn() -> None:
     found = measure.ratios(times)
     assert found["peer_over_ours"] == {"ours": 2.0}
     assert found["over_limit"] == {"PEFT": 2.0, "ours": 2.0}
+
+
+def test_steps_of_loops_alternate_and_each_has_its_own_time() -> None:
+    order = []
+
+    def loop(name: str, seconds: float) -> Callable[[Iterable[int]], None]:
+        def run(batches: Iterable[int]) -> None:
+            for batch in batches:
+                order.append((name, batch))
+                time.sleep(seconds)
+
+        return run
+
+    found = measure.step_by_step({"slow": loop("slow", 0.2), "quick": loop("quick", 0)}, [1, 2, 3, 4], warm_up=1)
+    assert order == [(name, batch) for batch in (1, 2, 3, 4) for name in ("slow", "quick")]
+    assert {name: len(seconds) for name, seconds in found.items()} == {"slow": 2, "quick": 2}
+    assert min(found["slow"]) >= 0.2
+    assert min(found["quick"]) < 0.1
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_loop_that_fails_or_ends_early_ends_the_others(first: bool) -> None:
+    def fails(batches: Iterable[int]) -> None:
+        next(iter(batches))
+        raise KeyError("gone")
+
+    def ends(batches: Iterable[int]) -> None:
+        next(iter(batches))
+
+    for loop, cause in ((fails, KeyError), (ends, ValueError)):
+        loops = [loop, list] if first else [list, loop]
+        with pytest.raises(RuntimeError, match="A loop has failed") as caught:
+            measure.step_by_step(dict(zip("ab", loops, strict=True)), range(5), warm_up=1)
+        assert isinstance(caught.value.__cause__, cause)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux's own count")
