@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -62,31 +61,29 @@ class Kept:
 class AllBut(Kept):
     """All but what lies at some positions (k,) of x as a vector, which ascend.
 
-    They're few. So they are put away, and put back afterwards, around a product that knows nothing of it: that costs
-    a twentieth of what masking all of x does. They're everywhere, too, so that it's done for as many rows at a time as
-    stay in a core's cache meanwhile: memory is passed once, by the product.
+    They're few, so that zeros are written there, into a copy: that costs a fraction of what masking all of x does. They
+    are everywhere, too, so that it's done for as many rows at a time as stay in a cache meanwhile: memory is passed
+    once, and the copy is no larger than that.
     """
 
     def times(self, x: Tensor, right: Tensor) -> Tensor:
         """``(m ∘ x) R``."""
         out = x.new_empty(len(x), right.shape[1])
-        for rows, dropped in self._pieces(x):
-            with _without(x, dropped) as rest:
-                torch.mm(rest[rows], right, out=out[rows])
+        for rows, kept in self._kept(x):
+            torch.mm(kept, right, out=out[rows])
         return out
 
     def under(self, left: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``L (m ∘ x)``."""
         out = x.new_zeros(len(left), x.shape[1], dtype=dtype)
-        for rows, dropped in self._pieces(x):
-            with _without(x, dropped) as rest:
-                out += left[:, rows] @ rest[rows]
+        for rows, kept in self._kept(x):
+            out += left[:, rows] @ kept
         return out
 
     def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
         """``out += m ∘ (alpha · L R)``."""
-        flat = out.view(-1)
         for rows, dropped in self._pieces(out):
+            flat = out[rows].view(-1)
             before = flat.index_select(0, dropped)
             out[rows].addmm_(left[rows], right, alpha=alpha)
             flat.scatter_(0, dropped, before)
@@ -95,38 +92,42 @@ class AllBut(Kept):
     def of_product(self, left: Tensor, right: Tensor) -> Tensor:
         """``m ∘ (L R)``."""
         out = left.new_empty(len(left), right.shape[1])
-        flat = out.view(-1)
         for rows, dropped in self._pieces(out):
             torch.mm(left[rows], right, out=out[rows])
-            flat.index_fill_(0, dropped, 0)
+            _clear(out[rows], dropped)
         return out
 
+    def _kept(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of x, some at a time, and what ``m ∘ x`` is there, until the next are asked for."""
+        copy = None
+        for rows, dropped in self._pieces(x):
+            piece = x[rows]
+            copy = torch.empty_like(piece) if copy is None else copy[: len(piece)]
+            yield rows, _clear(copy.copy_(piece), dropped)
+
     def _pieces(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of x, some at a time, and what is dropped of them."""
+        """Rows of x, some at a time, and the positions in them of what is dropped."""
         (dropped,), (rows, n) = self.saved, x.shape
         step = max(1, _IN_CACHE // (n * x.dtype.itemsize))
-        if imagined_device() is not None or rows <= step:
+        if rows <= step:
             yield slice(None), dropped
             return
-        ends = torch.searchsorted(dropped, torch.arange(step, rows, step) * n).tolist()
-        for start, (begin, end) in zip(range(0, rows, step), pairwise([0, *ends, len(dropped)]), strict=True):
-            yield slice(start, start + step), dropped[begin:end]
+        starts = range(0, rows, step)
+        if imagined_device() is None:
+            ends = torch.searchsorted(dropped, torch.tensor(starts[1:]) * n).tolist()
+        else:
+            ends = [len(dropped) * start // rows for start in starts[1:]]
+        for start, (begin, end) in zip(starts, pairwise([0, *ends, len(dropped)]), strict=True):
+            yield slice(start, start + step), dropped[begin:end] - start * n
 
 
-@contextmanager
-def _without(x: Tensor, dropped: Tensor) -> Iterator[Tensor]:
-    """x with zeros at some positions, for the block."""
-    rest = x.data  # not x itself, which isn't another version afterwards
-    flat = rest.view(-1)
-    before = flat.index_select(0, dropped)
-    try:
-        flat.scatter_(0, dropped, torch.zeros_like(before))  # with one value it takes three times as long
-        yield rest
-    finally:
-        flat.scatter_(0, dropped, before)
+def _clear(rows: Tensor, dropped: Tensor) -> Tensor:
+    """Write zeros at some positions of contiguous ``rows``."""
+    rows.view(-1).scatter_(0, dropped, rows.new_zeros(len(dropped)))  # with one value it takes three times as long
+    return rows
 
 
-_IN_CACHE = 2**19
+_IN_CACHE = 2**21
 """Bytes of x at a time."""
 
 
