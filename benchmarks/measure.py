@@ -49,10 +49,11 @@ class Case:
 
 
 def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each, A B C A B C …; what the first turns take isn't counted."""
+    """Seconds of each, A B C C B A …, so that a drift favours none; what the first turns take isn't counted."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    there = list(runs.items())
     for turn in range(rounds + warm_up):
-        for name, run in runs.items():
+        for name, run in there if turn % 2 == 0 else reversed(there):
             start = time.perf_counter()
             run()
             if turn >= warm_up:

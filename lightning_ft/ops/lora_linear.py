@@ -77,11 +77,30 @@ def _fused(
 ) -> Tensor:
     frozen = (linear.weight, linear.bias, linear.dense, linear.packed if dtype == linear.weight.dtype else None)
     rows = rows_of(x, dtype)
+    if not torch.is_grad_enabled() and not dropout:
+        return _without_graph(rows, *frozen, a, b, scaling).view(*x.shape[:-1], len(b))
     if dropout and torch.is_grad_enabled():
         h = thin_product(x, rows, a, scaling, dropout)
         if h is not None:
             return _OverShared.apply(x, h, rows, *frozen, b)
     return _LoRALinear.apply(x, rows, *frozen, a, b, scaling, dropout)
+
+
+def _without_graph(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dense: Callable[[Tensor], Tensor] | None,
+    packed: PackedWeight | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+) -> Tensor:
+    """What is left of the function where nothing is to be known again: of few tokens Python takes most of the time."""
+    a, b, bias = (cast(tensor, rows.dtype) for tensor in (a, b, bias))
+    if packed is None and _pays_to_merge(rows, a, b):
+        return F.linear(rows, torch.addmm(_full(weight, dense, rows.dtype), b, a, alpha=scaling), bias)
+    return _frozen(rows, weight, bias, dense, packed).addmm_(rows @ a.t(), b.t(), alpha=scaling)
 
 
 def _plainly(
@@ -222,7 +241,7 @@ def _pays_to_merge(rows: Tensor, a: Tensor, b: Tensor) -> bool:
 
     In less than full fp32 the sum would lose what is small in ``B A`` beside W: nearly all of it, early in training.
     """
-    if device_type(rows) != "cpu" or rows.dtype.itemsize < 4:
-        return False
     (_, n), m = a.shape, len(b)
-    return len(rows) * (n + m) > 2 * n * m and torch.get_float32_matmul_precision() == "highest"
+    if len(rows) * (n + m) <= 2 * n * m or rows.dtype.itemsize < 4:
+        return False
+    return device_type(rows) == "cpu" and torch.get_float32_matmul_precision() == "highest"
