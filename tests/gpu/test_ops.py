@@ -37,6 +37,8 @@ def test_a_seed_is_a_mask() -> None:
     out, thin = torch.randn_like(x), torch.randn(3001, 8, device="cuda")
     wanted = out + mask * (0.5 * thin @ right.T)
     torch.testing.assert_close(kept.add_product_(out, thin, right.T.contiguous(), 0.5), wanted, rtol=1e-4, atol=1e-4)
+    of_product = kept.of_product(thin, right.T.contiguous())
+    torch.testing.assert_close(of_product, mask * (thin @ right.T), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
@@ -59,6 +61,30 @@ def test_lora_linear_is_its_equation_in_fp64(dtype: torch.dtype, most: float, p:
     for mine, other in zip(found, torch.autograd.grad(wanted, exact, out), strict=True):
         assert relative(mine, other) < most
     assert [grad.dtype for grad in found] == [dtype, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_layers_of_one_input_are_their_equation_under_one_mask(dtype: torch.dtype, most: float) -> None:
+    p, linears = 0.1, [Linear(torch.randn(384, 256, device="cuda", dtype=dtype)) for _ in range(3)]
+    thin = [torch.randn(r, 256, device="cuda").requires_grad_() for r in (8, 4, 8)]
+    wide = [torch.randn(384, len(a), device="cuda").requires_grad_() for a in thin]
+    for _ in range(2):  # they're known from the second pass on
+        x = torch.randn(4, 200, 256, device="cuda", dtype=dtype).requires_grad_()
+        torch.manual_seed(1)
+        ours = torch.stack([lora_linear(x, *layer, S, p) for layer in zip(linears, thin, wide, strict=True)])
+    torch.manual_seed(1)
+    mask = mask_of(keep(x.detach().view(-1, 256), p), x.detach().view(-1, 256)).view_as(x).double() / (1 - p)
+    leaves = (x, *thin, *wide)
+    x64, *rest = (leaf.detach().double().requires_grad_() for leaf in leaves)
+    pairs = zip(linears, rest[:3], rest[3:], strict=True)
+    wanted = torch.stack(
+        [F.linear(x64, n.weight.double()) + S * F.linear(F.linear(x64 * mask, a), b) for n, a, b in pairs]
+    )
+    assert relative(ours, wanted) < most
+    out = torch.randn_like(wanted)
+    found = torch.autograd.grad(ours, leaves, out.to(dtype))
+    for mine, other in zip(found, torch.autograd.grad(wanted, (x64, *rest), out), strict=True):
+        assert relative(mine, other) < most
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
