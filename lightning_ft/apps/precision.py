@@ -143,7 +143,7 @@ def fuses(config: DictConfig) -> bool:
     makes the optimizer's step its own.
     """
     trainer, adamw = config.trainer, config.optimizer._target_ == "torch.optim.AdamW"
-    precision = str(trainer.get("precision") or "32-true")
+    precision = _precision(config)
     mixed = precision.endswith("-mixed") or precision in ("16", "bf16")
     deepspeed = "deepspeed" in str(trainer.get("strategy")).lower()
     return adamw and device_of(trainer.get("accelerator", "auto")) in _FUSING and not mixed and not deepspeed
@@ -161,7 +161,7 @@ def read(config: DictConfig) -> Asked:
     compares: Any = [name for name, kind in penalties.items() if kind.compares_weights]  # type: ignore[attr-defined]
     return Asked(
         device=device,
-        precision=str(config.trainer.get("precision") or "32-true"),
+        precision=_precision(config),
         matmul=config.get("matmul_precision", "highest"),
         packed=_packed(config),
         method=method.__name__,
@@ -183,6 +183,10 @@ def device_of(accelerator: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _precision(config: DictConfig) -> str:
+    return str(config.trainer.get("precision") or "32-true")
 
 
 def _packed(config: DictConfig) -> str:

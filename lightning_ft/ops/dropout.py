@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -40,6 +40,10 @@ class Kept:
 
     def __init__(self, *saved: Tensor) -> None:
         self.saved = saved
+
+    def again(self, saved: Sequence[Tensor]) -> Kept:
+        """The same m, of the tensors that autograd kept."""
+        return type(self)(*saved) if saved else self
 
     def times(self, x: Tensor, right: Tensor) -> Tensor:
         """``(m ∘ x) R``: (rows, n) and (n, r) to (rows, r)."""

@@ -75,10 +75,10 @@ def lora_linear(x: Tensor, linear: Linear, a: Tensor, b: Tensor, scaling: float,
 def _fused(
     x: Tensor, linear: Linear, a: Tensor, b: Tensor, scaling: float, dropout: float, dtype: torch.dtype
 ) -> Tensor:
-    frozen = (linear.weight, linear.bias, linear.dense, linear.packed if dtype == linear.weight.dtype else None)
-    rows = rows_of(x, dtype)
+    packed = linear.packed if dtype == linear.weight.dtype else None
+    frozen, rows = (linear.weight, linear.bias, linear.dense, packed), rows_of(x, dtype)
     if not torch.is_grad_enabled() and not dropout:
-        return _without_graph(rows, *frozen, a, b, scaling).view(*x.shape[:-1], len(b))
+        return _without_graph(rows, linear._replace(packed=packed), a, b, scaling).view(*x.shape[:-1], len(b))
     if dropout and torch.is_grad_enabled():
         h = thin_product(x, rows, a, scaling, dropout)
         if h is not None:
@@ -86,17 +86,9 @@ def _fused(
     return _LoRALinear.apply(x, rows, *frozen, a, b, scaling, dropout)
 
 
-def _without_graph(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dense: Callable[[Tensor], Tensor] | None,
-    packed: PackedWeight | None,
-    a: Tensor,
-    b: Tensor,
-    scaling: float,
-) -> Tensor:
+def _without_graph(rows: Tensor, linear: Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """What is left of the function where nothing is to be known again: of few tokens Python takes most of the time."""
+    weight, bias, dense, _, packed = linear
     a, b, bias = (cast(tensor, rows.dtype) for tensor in (a, b, bias))
     if packed is None and _pays_to_merge(rows, a, b):
         return F.linear(rows, torch.addmm(_full(weight, dense, rows.dtype), b, a, alpha=scaling), bias)
@@ -151,7 +143,7 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         rows, weight, sa, b, h, *saved = ctx.saved_tensors
         wants_x, _, _, wants_bias, _, _, wants_a, wants_b, *_ = ctx.needs_input_grad
-        kept: Kept = type(ctx.kept)(*saved) if saved else ctx.kept
+        kept: Kept = ctx.kept.again(saved)
         grad, (shape, x_dtype), (a_dtype, b_dtype) = as_rows(grad), ctx.x, ctx.dtypes
         dx = da = None
         h = rows @ sa.t() if h is None else h

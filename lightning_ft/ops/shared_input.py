@@ -34,24 +34,33 @@ class _Layer(NamedTuple):
     scaling: float
 
 
-class _Input(NamedTuple):
-    """A tensor, weakly, as it was when layers had it; and what isn't fetched yet of what is shared."""
+class _AsItWas(NamedTuple):
+    """A tensor, weakly, at one of its versions."""
 
-    x: weakref.ref[Tensor]
+    tensor: weakref.ref[Tensor]
     version: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> _AsItWas:
+        return cls(weakref.ref(x), x._version)
+
+    def is_now(self, x: Tensor) -> bool:
+        return self.tensor() is x and self.version == x._version
+
+
+class _Input(NamedTuple):
+    """What layers had, and how; which these were; and what isn't fetched yet of what is shared."""
+
+    x: _AsItWas
     how: tuple[float, torch.dtype]
     layers: dict[int, _Layer]
     waiting: dict[int, tuple[Tensor, float, Tensor]]  # with A itself, whose id no other then has
 
-    def is_that(self, x: Tensor, how: tuple[float, torch.dtype]) -> bool:
-        return self.x() is x and self.version == x._version and self.how == how
-
 
 class _Cast(NamedTuple):
-    """The rows of a tensor, as it was, in another dtype."""
+    """The rows of a tensor in another dtype."""
 
-    x: weakref.ref[Tensor]
-    version: int
+    x: _AsItWas
     rows: weakref.ref[Tensor]  # which is autograd's to keep
 
 
@@ -70,12 +79,12 @@ def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype or not torch.is_grad_enabled():  # without a graph nothing is kept
         return as_rows(cast(x.detach(), dtype))
     recent = _recent.cast
-    if recent is not None and recent.x() is x and recent.version == x._version:
+    if recent is not None and recent.x.is_now(x):
         rows = recent.rows()
         if rows is not None and rows.dtype == dtype:
             return rows
     rows = as_rows(x.detach().to(dtype))
-    _recent.cast = _Cast(weakref.ref(x), x._version, weakref.ref(rows))
+    _recent.cast = _Cast(_AsItWas.of(x), weakref.ref(rows))
     return rows
 
 
@@ -92,10 +101,10 @@ def thin_product(x: Tensor, rows: Tensor, a: Tensor, scaling: float, dropout: fl
     if _shares_nothing():
         return None
     how, recent = (dropout, rows.dtype), _recent.input
-    if recent is None or not recent.is_that(x, how):
+    if recent is None or recent.how != how or not recent.x.is_now(x):
         if recent is not None:
             _remember(recent)
-        recent = _recent.input = _Input(weakref.ref(x), x._version, how, {}, {})
+        recent = _recent.input = _Input(_AsItWas.of(x), how, {}, {})
         _compute(recent, x, rows, a, scaling)
     recent.layers[id(a)] = _Layer(weakref.ref(a), scaling)
     _, of, found = recent.waiting.pop(id(a), (a, scaling, None))
@@ -157,7 +166,7 @@ class _Thin(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         rows, sa, *saved = ctx.saved_tensors
         (shape, x_dtype), (wants_x, _, _, _, *wants_a) = ctx.x, ctx.needs_input_grad
-        kept: Kept = type(ctx.kept)(*saved) if saved else ctx.kept
+        kept: Kept = ctx.kept.again(saved)
         # A layer that wasn't run has none: nor has its A one then.
         dh = [rows.new_zeros(len(rows), r) if g is None else g for g, r in zip(grads, ctx.ranks, strict=True)]
         thin = torch.cat(dh, 1)

@@ -209,4 +209,4 @@ def test_nothing_is_held_of_an_input_that_all_have_fetched() -> None:
     assert room._recent.input is not None
     assert not room._recent.input.waiting
     del outs, x
-    assert room._recent.input.x() is None
+    assert room._recent.input.x.tensor() is None
