@@ -22,9 +22,12 @@ from torch.autograd.function import once_differentiable
 from lightning_ft.ops.dropout import HAS_TRITON
 from lightning_ft.ops.imagined import device_type, imagined_device
 
-_AT_ONCE = {"cpu": 2**25}
+_AT_ONCE = {"cpu": 2**24}
 _AT_ONCE_ELSEWHERE = 2**27
-"""How many logits there are at a time: 128 MiB of them in fp32 on a CPU, 256 MiB in 16 bits on a GPU."""
+"""How many logits there are at a time: 64 MiB of them in fp32 on a CPU, 256 MiB in 16 bits on a GPU."""
+
+_IN_CACHE = 2**19
+"""How many of them a CPU makes gradients of at a time, in several passes: 2 MiB in fp32."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,22 +62,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         total = torch.zeros((), device=hidden.device)
         rows = max(1, _AT_ONCE.get(device_type(hidden), _AT_ONCE_ELSEWHERE) // len(weight))
+        logits = hidden.new_empty(min(rows, len(hidden)), len(weight))
         for start in range(0, len(hidden), rows):
-            piece = slice(start, start + rows)
-            logits = hidden[piece] @ weight.T
+            h, y = hidden[start : start + rows], labels[start : start + rows]
+            p = torch.mm(h, weight.T, out=logits[: len(h)])
             if bias is not None:
-                logits += bias
-            loss, p = _losses_and_gradients(logits, labels[piece], any(wanted))
-            total += loss
-            if p is None:
-                continue
+                p += bias
+            total += _loss_and_gradient_(p, y, any(wanted))
             if db is not None:
                 db += p.sum(0, dtype=db.dtype)
             if dh is not None:
-                torch.mm(p, weight, out=dh[piece])
+                torch.mm(p, weight, out=dh[start : start + rows])
             if dw is not None:
-                dw += p.T @ hidden[piece]
-            del logits, p  # else they'd be there beside the next ones
+                dw += p.T @ h
         ctx.save_for_backward(dh, dw, db)
         ctx.dtype = weight.dtype
         return total
@@ -87,19 +87,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return None if dh is None else dh * grad.to(dh.dtype), dw, db, None
 
 
-def _losses_and_gradients(logits: Tensor, labels: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """The sum over the rows, and ``P`` in the dtype of the logits, which may be written over."""
+def _loss_and_gradient_(logits: Tensor, labels: Tensor, wants_gradient: bool) -> Tensor:
+    """The sum over the rows; ``P``, where it's wanted, is written over the logits."""
     if logits.is_cuda and HAS_TRITON:
         from lightning_ft.ops.triton_cross_entropy import cross_entropy_
 
-        return cross_entropy_(logits, labels, wants_gradient).sum(), logits if wants_gradient else None
-    if imagined_device() not in (None, "cpu"):  # what that kernel leaves
-        return logits.sum(dtype=torch.float32), logits if wants_gradient else None
-    dtype, chosen = logits.dtype, labels[:, None]
-    logits = logits.float()
-    likelihood = logits.logsumexp(dim=1, keepdim=True)
-    loss = (likelihood - logits.gather(1, chosen)).sum()
-    if not wants_gradient:
-        return loss, None
-    p = logits.sub_(likelihood).exp_()
-    return loss, p.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=p.dtype)).to(dtype)
+        return cross_entropy_(logits, labels, wants_gradient).sum()
+    device = device_type(logits)
+    if device != "cpu" and imagined_device() is not None:  # what that kernel leaves
+        return logits.sum(dtype=torch.float32)
+    rows = max(1, _IN_CACHE // logits.shape[1]) if device == "cpu" else len(logits)
+    scratch = None if logits.dtype == torch.float32 else torch.empty_like(logits[:rows], dtype=torch.float32)
+    total = torch.zeros((), device=logits.device)
+    for piece, chosen in zip(logits.split(rows), labels[:, None].split(rows), strict=True):
+        exact = piece if scratch is None else scratch[: len(piece)].copy_(piece)
+        torch.log_softmax(exact, 1, out=exact)
+        total -= exact.gather(1, chosen).sum()
+        if wants_gradient:
+            exact.exp_().scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=exact.dtype))
+            if scratch is not None:
+                piece.copy_(exact)
+    return total

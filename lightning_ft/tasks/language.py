@@ -49,14 +49,14 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Tap:
-    """A forward pre-hook of a head that keeps what the head is given, and gives it that of one place alone."""
+    """A forward pre-hook of a head that keeps what the head is given, and gives it that of one token alone."""
 
     hidden: Tensor
     """(batch, tokens, width)."""
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         self.hidden = args[0]
-        return (self.hidden[:, :1],)
+        return (self.hidden[0, :1][None],)  # strides of a matrix: else W would be copied, for each row once
 
 
 class _Places:
@@ -168,7 +168,7 @@ class LanguageTask(Task):
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The same without the logits: most of the memory of a step, and those of a prompt aren't needed at all.
 
-        The head is run at one place of each row alone, where it's seen that the model makes nothing more of what it
+        The head is run for one token alone, where it's seen that the model makes nothing more of what it
         says (some scale it, or cap it); if it does, the loss is taken from the logits.
         """
         head = plain_head(model)
