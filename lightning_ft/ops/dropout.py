@@ -65,9 +65,8 @@ class Kept:
 class AllBut(Kept):
     """All but what lies at some positions (k,) of x as a vector, which ascend.
 
-    They're few, so that zeros are written there, into a copy: that costs a fraction of what masking all of x does. They
-    are everywhere, too, so that it's done for as many rows at a time as stay in a cache meanwhile: memory is passed
-    once, and the copy is no larger than that.
+    They're few, so that zeros are written there, into a copy: that costs a fraction of what masking all of x does. Of a
+    large x some rows are copied at a time, so that it takes no memory to speak of.
     """
 
     def times(self, x: Tensor, right: Tensor) -> Tensor:
@@ -86,53 +85,37 @@ class AllBut(Kept):
 
     def add_product_(self, out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
         """``out += m ∘ (alpha · L R)``."""
-        for rows, dropped in self._pieces(out):
-            flat = out[rows].view(-1)
-            before = flat.index_select(0, dropped)
-            out[rows].addmm_(left[rows], right, alpha=alpha)
-            flat.scatter_(0, dropped, before)
+        (dropped,), flat = self.saved, out.view(-1)
+        before = flat.take(dropped)
+        out.addmm_(left, right, alpha=alpha)
+        flat.index_copy_(0, dropped, before)
         return out
 
     def of_product(self, left: Tensor, right: Tensor) -> Tensor:
         """``m ∘ (L R)``."""
-        out = left.new_empty(len(left), right.shape[1])
-        for rows, dropped in self._pieces(out):
-            torch.mm(left[rows], right, out=out[rows])
-            _clear(out[rows], dropped)
+        out = left @ right
+        out.view(-1).index_fill_(0, self.saved[0], 0)
         return out
 
     def _kept(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Rows of x, some at a time, and what ``m ∘ x`` is there, until the next are asked for."""
-        copy = None
-        for rows, dropped in self._pieces(x):
-            piece = x[rows]
-            copy = torch.empty_like(piece) if copy is None else copy[: len(piece)]
-            yield rows, _clear(copy.copy_(piece), dropped)
-
-    def _pieces(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of x, some at a time, and the positions in them of what is dropped."""
         (dropped,), (rows, n) = self.saved, x.shape
-        step = max(1, _IN_CACHE // (n * x.dtype.itemsize))
-        if rows <= step:
-            yield slice(None), dropped
-            return
+        step = max(1, _AT_ONCE // (n * x.dtype.itemsize))
         starts = range(0, rows, step)
         if imagined_device() is None:
             ends = torch.searchsorted(dropped, torch.tensor(starts[1:]) * n).tolist()
         else:
             ends = [len(dropped) * start // rows for start in starts[1:]]
+        copy = torch.empty_like(x[:step])
         for start, (begin, end) in zip(starts, pairwise([0, *ends, len(dropped)]), strict=True):
-            yield slice(start, start + step), dropped[begin:end] - start * n
+            piece = slice(start, start + step)
+            kept = copy[: len(x[piece])].copy_(x[piece])
+            kept.view(-1).index_fill_(0, dropped[begin:end] - start * n if start else dropped[begin:end], 0)
+            yield piece, kept
 
 
-def _clear(rows: Tensor, dropped: Tensor) -> Tensor:
-    """Write zeros at some positions of contiguous ``rows``."""
-    rows.view(-1).scatter_(0, dropped, rows.new_zeros(len(dropped)))  # with one value it takes three times as long
-    return rows
-
-
-_IN_CACHE = 2**21
-"""Bytes of x at a time."""
+_AT_ONCE = 2**23
+"""Bytes of x at a time. Much less, and one thread writes the few zeros of a piece alone."""
 
 
 class Masked(Kept):

@@ -61,7 +61,7 @@ def test_rows_in_pieces_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(kept, AllBut)
     found = []
     for size in (2**20, 9 * 70 * 4):  # at once, and in pieces of nine rows
-        monkeypatch.setitem(AllBut.times.__globals__, "_IN_CACHE", size)
+        monkeypatch.setitem(AllBut.times.__globals__, "_AT_ONCE", size)
         product = kept.add_product_(x.clone(), left.T, right.T, 2.0)
         of_product = kept.of_product(left.T, right.T)
         found.append((kept.times(x, right), kept.under(left, x, x.dtype), product, of_product))
