@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -168,10 +167,14 @@ class LoRALinear(LoRALayer):
     def for_rows(cls, layers: Sequence[Any], index: Tensor) -> Callable[..., Tensor] | None:
         """``h_i = W x_i + s_i · B_i A_i x_i`` for row i, the A and B of all rows gathered."""
         some = next(layer for layer in layers if layer is not None)
-        nothing = some.lora_A[:0], some.lora_B.T[:0]
-        pairs = [nothing if layer is None else layer.factors() for layer in layers]
+        nothing = some.lora_A[:0], some.lora_B[:, :0], 0.0
+        factors = [nothing if layer is None else layer.factors() for layer in layers]
+        r = max(len(a) for a, _, _ in factors)
+        s = index.new_tensor([s for _, _, s in factors], dtype=some.lora_A.dtype)
         # Zeros fill smaller ranks up: they add nothing.
-        a, b = (pad_sequence(list(side), batch_first=True)[index] for side in zip(*pairs, strict=True))
+        a = torch.stack([a if len(a) == r else F.pad(a, (0, 0, 0, r - len(a))) for a, _, _ in factors])
+        b = torch.stack([b if b.shape[1] == r else F.pad(b, (0, r - b.shape[1])) for _, b, _ in factors])
+        a, b = (a * s[:, None, None]).index_select(0, index), b.index_select(0, index)
 
         @cache
         def sides(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -182,15 +185,15 @@ class LoRALinear(LoRALayer):
             a, b = sides(out.dtype)
             h = torch.bmm(x.to(out.dtype).reshape(len(index), -1, x.shape[-1]), a.mT)  # (rows, tokens, r)
             # In place: another copy of it would cost more than the product. Autocast leaves that alone, and not h.
-            out.view(len(index), -1, out.shape[-1]).baddbmm_(h.to(out.dtype), b)
+            out.view(len(index), -1, out.shape[-1]).baddbmm_(h.to(out.dtype), b.mT)
             return out
 
         return forward
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and ``s · Bᵀ`` (r, out) of the plain LoRA that it is."""
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A (r, in), B (out, r) and s of the plain LoRA that it is."""
         tensors = self.in_files(self)
-        return tensors[self.adds["lora_A"]], self.as_plain().scaling * tensors[self.adds["lora_B"]].T
+        return tensors[self.adds["lora_A"]], tensors[self.adds["lora_B"]], self.as_plain().scaling
 
 
 class LoRAConv1D(LoRALinear):
