@@ -41,11 +41,13 @@ class Case:
         name: of the line.
         runs: what is timed, by the name of the variant; :data:`PEER` and :data:`LIMIT` among them.
         agree: for each variant of ours how far what it computes is from what the peer does, where they should agree.
+        limits: what a run is held against, where that isn't :data:`LIMIT`.
     """
 
     name: str
     runs: dict[str, Callable[[], Any]]
     agree: dict[str, Callable[[], float]] = field(default_factory=dict)
+    limits: dict[str, str] = field(default_factory=dict)
 
 
 def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
@@ -156,17 +158,19 @@ def figures(case: Case, rounds: int) -> dict[str, Any]:
     agreement = {name: difference() for name, difference in case.agree.items()}
     saved = {name: saved_mib(run) for name, run in case.runs.items() if isinstance(run, Step)}
     times = in_turns(case.runs, rounds, warm_up=0 if saved else 1)  # those whose bytes were counted are warm
-    return {"case": case.name, **ratios(times), "saved_mib": saved, "differs": agreement}
+    return {"case": case.name, **ratios(times, limits=case.limits), "saved_mib": saved, "differs": agreement}
 
 
-def ratios(times: Times, peer: str = PEER) -> dict[str, Any]:
-    """The medians of the times, and how they compare."""
-    ours = [name for name in times if name not in (peer, LIMIT)]
+def ratios(times: Times, peer: str = PEER, limits: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The medians of the times, and how they compare; ``limits`` as of :class:`Case`."""
+    limits = limits or {}
+    ours = [name for name in times if name not in (peer, LIMIT, *limits.values())]
+    against = {name: limits.get(name, LIMIT) for name in (peer, *ours)}
     return {
         "peer": peer,
         "seconds": {name: statistics.median(found) for name, found in times.items()},
         "peer_over_ours": {name: ratio(times, peer, name) for name in ours},
-        "over_limit": {name: ratio(times, name, LIMIT) for name in times if name != LIMIT} if LIMIT in times else {},
+        "over_limit": {name: ratio(times, name, limit) for name, limit in against.items() if limit in times},
     }
 
 

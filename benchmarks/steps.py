@@ -16,6 +16,7 @@ from lightning_ft import IA3, AdaLoRA, CausalLM, LoRA, PromptTuning
 from lightning_ft.tasks.language import IGNORED
 
 HEAD = ["classifier"]
+OURS_WITH_ITS_LOSS, LIMIT_WITH_ITS_LOSS = "ours, loss of transformers", f"{LIMIT}, loss of transformers"
 
 
 def encoder(size: Size) -> Iterator[Case]:
@@ -48,7 +49,8 @@ def language_model(size: Size, dtype: torch.dtype, in_4_bits: bool = False) -> I
         settings = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=p, target_modules=OF_LLAMA)
         models = pair(base, method, settings)
         case = _case(f"p={p:g}", base, models, ours, theirs, agree=p == 0)
-        case.runs["ours, loss of transformers"] = Step(models["ours"], theirs)
+        case.runs[OURS_WITH_ITS_LOSS] = Step(models["ours"], theirs)
+        case.limits[OURS_WITH_ITS_LOSS] = case.limits[PEER]
         yield case
 
 
@@ -79,7 +81,11 @@ def _case(
 ) -> Case:
     steps = {each: Step(model, loss) for each, model in models.items()}
     steps[PEER].loss = loss_of_peer or loss
-    case = Case(name, {LIMIT: Step(limit(base), loss), **steps})
+    bare = limit(base)
+    case = Case(name, {LIMIT: Step(bare, loss), **steps})
+    if loss_of_peer:
+        case.runs[LIMIT_WITH_ITS_LOSS] = Step(bare, loss_of_peer)
+        case.limits[PEER] = LIMIT_WITH_ITS_LOSS
     if agree:
         case.agree = {each: partial(_difference, step, steps[PEER]) for each, step in steps.items() if each != PEER}
     return case

@@ -83,6 +83,9 @@ def test_times_are_compared_turn_by_turn() -> None:
     found = measure.ratios(times)
     assert found["peer_over_ours"] == {"ours": 2.0}
     assert found["over_limit"] == {"PEFT": 2.0, "ours": 2.0}
+    found = measure.ratios({**times, "other limit": [4.0, 60.0, 8.0]}, limits={"PEFT": "other limit"})
+    assert found["peer_over_ours"] == {"ours": 2.0}
+    assert found["over_limit"] == {"PEFT": 0.5, "ours": 2.0}
 
 
 def test_steps_of_loops_alternate_and_each_has_its_own_time() -> None:

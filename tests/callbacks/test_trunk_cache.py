@@ -164,10 +164,13 @@ def fit(module: Any, *callbacks: Any, seed: int = 3, **more: Any) -> Any:
     return run
 
 
+KEY_BIASES = ("key.bias", "k_proj.bias", "key_proj.bias")
+
+
 def same(a: nn.Module, b: nn.Module) -> None:
     state = b.state_dict()
     # A softmax doesn't see a key's bias: its gradient is rounding, of which Adam makes steps.
-    seen = {key: value for key, value in a.state_dict().items() if not key.endswith(("key.bias", "k_proj.bias"))}
+    seen = {key: value for key, value in a.state_dict().items() if not key.endswith(KEY_BIASES)}
     for key, value in seen.items():
         torch.testing.assert_close(value, state[key], atol=1e-5, rtol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
 

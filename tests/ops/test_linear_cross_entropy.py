@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from lightning_ft.ops import linear_cross_entropy
 
 
-@pytest.mark.parametrize("rows", [1, 5, 100])
+@pytest.mark.parametrize(("rows", "in_cache"), [(1, 1), (5, 2), (5, 100), (100, 3)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_value_and_gradients_are_those_of_whole_logits(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_value_and_gradients_are_those_of_whole_logits(
+    rows: int, in_cache: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(linear_cross_entropy.__globals__["_AT_ONCE"], "cpu", rows * 11)
+    monkeypatch.setitem(linear_cross_entropy.__globals__, "_IN_CACHE", in_cache * 11)
     hidden, weight = torch.randn(13, 8).requires_grad_(), torch.randn(11, 8).requires_grad_()
     offset = torch.randn(11).requires_grad_() if bias else None
     labels = torch.randint(0, 11, (13,))
@@ -24,7 +27,8 @@ def test_value_and_gradients_are_those_of_whole_logits(rows: int, bias: bool, mo
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
-def test_bf16_is_as_near_as_torch_is() -> None:
+def test_bf16_is_as_near_as_torch_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(linear_cross_entropy.__globals__, "_IN_CACHE", 7 * 500)
     hidden, weight = torch.randn(64, 32), torch.randn(500, 32) / 4
     labels = torch.randint(0, 500, (64,))
     exact = hidden.double().requires_grad_()
