@@ -66,14 +66,14 @@ WORKLOADS = {
     "W1": Workload("MiniLM, 32 × 128 tokens, all linear layers, r=8, fp32", 6, steps.encoder, peak=("p=0.05",)),
     "W1s": Workload("W1 at 4 × 32 tokens", 40, steps.small_encoder),
     "W2-fp32": Workload(
-        "Llama-style, 768 wide, 4 layers, vocabulary 32,000, 4 × 512 tokens, r=16, fp32", 4,
+        "Llama-style, 768 wide, 4 layers, vocabulary 32,000, 4 × 512 tokens, r=16, fp32", 10,
         partial(steps.language_model, dtype=torch.float32),
     ),
     "W2-bf16": Workload(
-        "W2-fp32 in bf16", 4, partial(steps.language_model, dtype=torch.bfloat16), in_bf16=True
+        "W2-fp32 in bf16", 10, partial(steps.language_model, dtype=torch.bfloat16), in_bf16=True
     ),
     "W3": Workload(
-        "W2-bf16 over NF4 weights", 4, partial(steps.language_model, dtype=torch.bfloat16, in_4_bits=True), in_bf16=True
+        "W2-bf16 over NF4 weights", 10, partial(steps.language_model, dtype=torch.bfloat16, in_4_bits=True), in_bf16=True
     ),
     "W4": Workload("prompt tuning, 20 virtual tokens, on W1's and W2's base", 4, steps.prompts),
     "W5": Workload("one epoch of the bundled reviews, with validation and checkpoint", 2, measure=training.epoch),

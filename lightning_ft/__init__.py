@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.doctor import Doctor
     from lightning_ft.callbacks.efficiency import Efficiency
     from lightning_ft.callbacks.finetuning import FineTuning
+    from lightning_ft.callbacks.liger import LigerKernels
     from lightning_ft.callbacks.overfit import Overfitting
     from lightning_ft.callbacks.packing import PackedWeights
     from lightning_ft.callbacks.recompute import ActivationRecompute
@@ -83,6 +84,7 @@ _HOMES = {
     "L2": "lightning_ft.tasks.penalties.l2",
     "L2SP": "lightning_ft.tasks.penalties.l2",
     "LayerNormTuning": "lightning_ft.methods.layernorm",
+    "LigerKernels": "lightning_ft.callbacks.liger",
     "LoRA": "lightning_ft.methods.lora",
     "MultiLabelClassification": "lightning_ft.tasks.multilabel",
     "MultiTask": "lightning_ft.tasks.multitask",
@@ -122,7 +124,8 @@ __all__ = [  # noqa: RUF022 - by use
     "FineTuner", "Classification", "MultiTask", "TextDataModule", "MultiTaskDataModule", "Efficiency",
     "TokenClassification", "Tags", "MultiLabelClassification", "Ordinal", "Regression", "CausalLM", "Seq2SeqLM",
     "Penalty", "L2", "L2SP", "EWC", "KL", "Replay", "Retention", "Overfitting", "Averaging", "BestCheckpoint",
-    "GradientCheckpointing", "ActivationRecompute", "PackedWeights", "Compile", "Doctor", "TrunkCache",
+    "GradientCheckpointing", "ActivationRecompute", "PackedWeights", "LigerKernels", "Compile", "Doctor",
+    "TrunkCache",
 ]  # fmt: skip
 
 

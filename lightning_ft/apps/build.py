@@ -23,6 +23,7 @@ from lightning_ft.apps.errors import RequestError
 from lightning_ft.callbacks.checkpointing import GradientCheckpointing
 from lightning_ft.callbacks.compile import Compile
 from lightning_ft.callbacks.finetuning import FineTuning
+from lightning_ft.callbacks.liger import LigerKernels
 from lightning_ft.callbacks.packing import PackedWeights
 from lightning_ft.callbacks.recompute import ActivationRecompute
 from lightning_ft.data.module import TextDataModule
@@ -67,7 +68,7 @@ def callbacks(config: DictConfig) -> list[L.Callback]:
 
 def savers(config: DictConfig) -> list[L.Callback]:
     """What makes steps smaller or faster, as the config asks for it: gradient checkpointing, recompute,
-    packed weights, compilation.
+    packed weights, Liger's kernels, compilation.
 
     Raises:
         RequestError: if ``compile`` is neither a truth value nor names arguments of ``lightning_ft.Compile``, or if
@@ -83,6 +84,8 @@ def savers(config: DictConfig) -> list[L.Callback]:
         found.append(ActivationRecompute())
     if config.get("packed_weights"):
         found.append(PackedWeights())
+    if config.get("liger_kernels"):
+        found.append(LigerKernels())
     if wanted:
         arguments, known = {} if wanted is True else wanted, signature(Compile).parameters
         if not isinstance(arguments, Mapping) or set(arguments) - set(known):

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_ft import AdaLoRA, Adapter, CausalLM, FineTuner, GradientCheckpointing, LoRA, PromptTuning
+from lightning_ft import AdaLoRA, Adapter, CausalLM, FineTuner, GradientCheckpointing, LigerKernels, LoRA, PromptTuning
 from lightning_ft.injection import injected_names
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
+needs_liger = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="no Liger")
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="no bitsandbytes")
 
 
@@ -118,3 +119,14 @@ def test_checkpointing_gives_the_same_gradients_and_takes_less() -> None:
     for name, value in grads[0].items():
         torch.testing.assert_close(grads[1][name], value, atol=1e-4, rtol=1e-3)
     assert peaks[1] < peaks[0]
+
+
+@needs_liger
+def test_ligers_kernels_train_as_torch_does() -> None:
+    added = []
+    for more in ([], [LigerKernels()]):
+        tuner = module(num_hidden_layers=4)
+        fit(tuner, [LoRA(r=8, target_modules="all-linear"), *more], steps=4)
+        added.append({name: tuner.get_parameter(name).detach().cpu() for name in injected_names(tuner)})
+    for name, value in added[0].items():
+        torch.testing.assert_close(added[1][name], value, atol=1e-4, rtol=1e-3)
