@@ -73,7 +73,8 @@ WORKLOADS = {
         "W2-fp32 in bf16", 10, partial(steps.language_model, dtype=torch.bfloat16), in_bf16=True
     ),
     "W3": Workload(
-        "W2-bf16 over NF4 weights", 10, partial(steps.language_model, dtype=torch.bfloat16, in_4_bits=True), in_bf16=True
+        "W2-bf16 over NF4 weights", 10,
+        partial(steps.language_model, dtype=torch.bfloat16, in_4_bits=True), in_bf16=True,
     ),
     "W4": Workload("prompt tuning, 20 virtual tokens, on W1's and W2's base", 4, steps.prompts),
     "W5": Workload("one epoch of the bundled reviews, with validation and checkpoint", 2, measure=training.epoch),

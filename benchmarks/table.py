@@ -119,7 +119,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(places, [bar[0] for bar in bars], fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel("times as fast as the peer; red: the limit")
+    axes.set_xlabel("times as fast as the peer; red: the limit, with the peer's loss")
     axes.margins(y=0.01)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 

@@ -84,8 +84,8 @@ class Imagination:
 class _Unknown(TorchFunctionMode):
     """What code asks of values: a number is 1, a condition true, a mask keeps all, and of bad things there aren't any.
 
-    What kernels do behind torch's back is written out where it takes memory: logsumexp has a copy of its input. On a
-    GPU dropout keeps a mask of bytes, and attention has a kernel with dropout in it.
+    What kernels do behind torch's back is written out where it takes memory: on a GPU dropout keeps a mask of bytes,
+    and attention has a kernel with dropout in it.
     """
 
     def __init__(self, on_gpu: bool) -> None:
@@ -98,8 +98,6 @@ class _Unknown(TorchFunctionMode):
             Tensor.sum: _sum,
             Tensor.any: _any,
             torch.any: _any,
-            Tensor.logsumexp: _logsumexp,
-            torch.logsumexp: _logsumexp,
             torch.equal: lambda *_: True,
             Tensor.equal: lambda *_: True,
             Tensor.nonzero: _everywhere,
@@ -135,13 +133,6 @@ def _any(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _everywhere(x: Tensor) -> Tensor:
     return torch.zeros(x.numel(), x.ndim, dtype=torch.long)
-
-
-def _logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
-        return x.logsumexp(dim, keepdim)
-    most = x.amax(dim, keepdim=True)
-    return (x - most).exp_().sum(dim, keepdim=keepdim).log_().add_(most if keepdim else most.squeeze(dim))
 
 
 def _all_or_item(x: Tensor, index: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -64,32 +64,49 @@ _ABSENT = object()
 
 
 def put_in(root: Any) -> list[Change]:
-    """Liger's kernels into a Hugging Face model, and into the file of its class, whose functions all models call.
+    """Liger's kernels into a Hugging Face model, and into the files of its classes, whose functions all models call.
 
     Raises:
-        UserError: if it has none for it.
+        UserError: if it has none for it, or can't do that; then nothing is changed.
     """
     from transformers.integrations.liger import apply_liger_kernel
 
-    of_modules = {module: vars(module) for module in root.modules()}
-    files = {c.__module__ for c in type(root).__mro__ if c.__module__.startswith("transformers.models.")}
-    namespaces = [*of_modules.values(), *(vars(sys.modules[name]) for name in files)]
-    before = [dict(namespace) for namespace in namespaces]
-    apply_liger_kernel(root, {"cross_entropy": False, "fused_linear_cross_entropy": False})
-    changed = [
-        Change(now, key, was.get(key, _ABSENT))
-        for now, was in zip(namespaces, before, strict=True)
-        for key, value in now.items()
-        if was.get(key, _ABSENT) is not value
-    ]
+    modules = list(root.modules())
+    injected = {id(vars(module)) for module in modules if isinstance(module, Injected)}
+    classes = {c for module in modules for c in type(module).__mro__}
+    files = {c.__module__ for c in classes if c.__module__.startswith("transformers.models.")}
+    now = [vars(each) for each in (*modules, *(sys.modules[name] for name in files))]
+    before = [dict(namespace) for namespace in now]
+    wanted = {"cross_entropy": False, "fused_linear_cross_entropy": False, "swiglu": _is_gated_by_silu(root)}
+    try:
+        apply_liger_kernel(root, wanted)
+    except Exception as error:
+        undo(_changes(now, before))
+        raise UserError(f"Liger fails at a {type(root).__name__} ({error}): leave LigerKernels out.") from error
+    changed = _changes(now, before)
     if not changed:
         raise UserError(f"Liger has no kernels for a {type(root).__name__}: leave LigerKernels out.")
-    injected = {id(of_modules[module]) for module in of_modules if isinstance(module, Injected)}
-    undo(change for change in changed if id(change.namespace) in injected)  # their forward would be passed over
-    return changed
+    # Else the forward pass that a method gave a module would be passed over.
+    undo([change for change in changed if id(change.namespace) in injected])
+    return [change for change in changed if id(change.namespace) not in injected]
 
 
-def undo(changed: Iterable[Change]) -> None:
+def _is_gated_by_silu(root: Any) -> bool:
+    """Liger doesn't look: its gated MLP has SiLU, whatever the model's has."""
+    config = getattr(root, "config", None)
+    return getattr(config and config.get_text_config(), "hidden_act", "silu") in ("silu", "swish")
+
+
+def _changes(now: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[Change]:
+    return [
+        Change(space, key, was.get(key, _ABSENT))
+        for space, was in zip(now, before, strict=True)
+        for key, value in space.items()
+        if was.get(key, _ABSENT) is not value
+    ]
+
+
+def undo(changed: Sequence[Change]) -> None:
     """Put back what was there, and take away what wasn't."""
     for namespace, key, before in changed:
         if before is _ABSENT:

@@ -170,11 +170,10 @@ class LoRALinear(LoRALayer):
         nothing = some.lora_A[:0], some.lora_B[:, :0], 0.0
         factors = [nothing if layer is None else layer.factors() for layer in layers]
         r = max(len(a) for a, _, _ in factors)
-        s = index.new_tensor([s for _, _, s in factors], dtype=some.lora_A.dtype)
         # Zeros fill smaller ranks up: they add nothing.
-        a = torch.stack([a if len(a) == r else F.pad(a, (0, 0, 0, r - len(a))) for a, _, _ in factors])
+        a = torch.stack([a * s if len(a) == r else F.pad(a * s, (0, 0, 0, r - len(a))) for a, _, s in factors])
         b = torch.stack([b if b.shape[1] == r else F.pad(b, (0, r - b.shape[1])) for _, b, _ in factors])
-        a, b = (a * s[:, None, None]).index_select(0, index), b.index_select(0, index)
+        a, b = a.index_select(0, index), b.index_select(0, index)
 
         @cache
         def sides(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

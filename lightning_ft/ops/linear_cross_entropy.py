@@ -97,6 +97,8 @@ def _loss_and_gradient_(logits: Tensor, labels: Tensor, wants_gradient: bool) ->
     if device != "cpu" and imagined_device() is not None:  # what that kernel leaves
         return logits.sum(dtype=torch.float32)
     rows = max(1, _IN_CACHE // logits.shape[1]) if device == "cpu" else len(logits)
+    if imagined_device() is not None:  # no values: the first turn takes what each does
+        logits, labels = logits[:rows], labels[:rows]
     scratch = None if logits.dtype == torch.float32 else torch.empty_like(logits[:rows], dtype=torch.float32)
     total = torch.zeros((), device=logits.device)
     for piece, chosen in zip(logits.split(rows), labels[:, None].split(rows), strict=True):

@@ -64,6 +64,35 @@ def test_what_a_method_put_into_a_module_is_not_passed_over() -> None:
 
 
 @needs_liger
+def test_a_gate_that_is_not_silu_stays() -> None:
+    model: Any = tiny.llama_lm(hidden_act="gelu")
+    changed = put_in(model)
+    assert "forward" not in vars(model.model.layers[0].mlp)
+    assert "forward" in vars(model.model.norm)
+    undo(changed)
+
+
+@needs_liger
+def test_nothing_is_left_where_liger_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations import liger as integration
+    from transformers.models.llama import modeling_llama
+
+    apply = integration.apply_liger_kernel
+
+    def fails(model: Any, settings: Any) -> None:
+        apply(model, settings)
+        raise AttributeError("no attribute 'vision_model'")
+
+    monkeypatch.setattr(integration, "apply_liger_kernel", fails)
+    model: Any = tiny.llama_lm()
+    spaces = [vars(modeling_llama), *(vars(module) for module in model.modules())]
+    before = [dict(space) for space in spaces]
+    with pytest.raises(UserError, match="Liger fails at a LlamaForCausalLM"):
+        put_in(model)
+    assert [dict(space) for space in spaces] == before
+
+
+@needs_liger
 def test_a_model_without_kernels_is_an_error() -> None:
     with pytest.raises(UserError, match="no kernels for a Bert"):
         put_in(make(BertInInit).model)

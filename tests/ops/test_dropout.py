@@ -55,15 +55,16 @@ def test_products_are_those_with_the_mask(p: float) -> None:
     assert x._version == 0  # autograd must not think that it changed
 
 
-def test_rows_in_pieces_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_by_positions_are_those_with_the_mask_at_once_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     x, right, left = torch.randn(301, 70), torch.randn(70, 3), torch.randn(3, 301)
     kept = keep(x, 0.1)
     assert isinstance(kept, AllBut)
-    found = []
+    mask = torch.ones(x.numel()).index_fill_(0, kept.saved[0], 0).view_as(x)
+    assert 0.85 < mask.mean() < 0.95
     for size in (2**20, 9 * 70 * 4):  # at once, and in pieces of nine rows
         monkeypatch.setitem(AllBut.times.__globals__, "_AT_ONCE", size)
-        product = kept.add_product_(x.clone(), left.T, right.T, 2.0)
-        of_product = kept.of_product(left.T, right.T)
-        found.append((kept.times(x, right), kept.under(left, x, x.dtype), product, of_product))
-    for mine, other in zip(*found, strict=True):
-        torch.testing.assert_close(mine, other)
+        torch.testing.assert_close(kept.times(x, right), (mask * x) @ right)
+        torch.testing.assert_close(kept.under(left, x, x.dtype), left @ (mask * x))
+    product = left.T @ right.T
+    torch.testing.assert_close(kept.add_product_(x.clone(), left.T, right.T, 2.0), x + 2 * mask * product)
+    torch.testing.assert_close(kept.of_product(left.T, right.T), mask * product)
