@@ -76,7 +76,7 @@ WORKLOADS = {
         "W2-bf16 over NF4 weights", 10,
         partial(steps.language_model, dtype=torch.bfloat16, in_4_bits=True), in_bf16=True,
     ),
-    "W4": Workload("prompt tuning, 20 virtual tokens, on W1's and W2's base", 4, steps.prompts),
+    "W4": Workload("prompt tuning, 20 virtual tokens, on W1's and W2's base", 8, steps.prompts),
     "W5": Workload("one epoch of the bundled reviews, with validation and checkpoint", 2, measure=training.epoch),
     "W6": Workload("inference with one adapter", 3, inference.one_adapter),
     "W7": Workload("a batch of 32 × 64 tokens whose rows belong to different adapters", 10, inference.many_adapters),

@@ -24,19 +24,20 @@ class LigerKernels(Callback):
             (:func:`lightning_ft.injection.find_base`).
 
     Raises:
+        UserError: if Liger isn't installed; when ``fit`` starts, if it has no kernels for the model, or if the model
+            isn't on a GPU.
         InjectionError: when ``fit`` starts, if there is no base to be found.
-        UserError: likewise, if Liger isn't installed or has no kernels for the model, or if that's not on a GPU.
     """
 
     def __init__(self, backbone: str | None = None) -> None:
+        if importlib.util.find_spec("liger_kernel") is None:
+            raise UserError("LigerKernels needs Liger: pip install 'lightning-ft[liger]', or leave it out.")
         self.backbone = backbone
         self._changed: list[Change] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the kernels in."""
         root = find_base(pl_module, self.backbone).root
-        if importlib.util.find_spec("liger_kernel") is None:
-            raise UserError("LigerKernels needs Liger: pip install 'lightning-ft[liger]', or leave it out.")
         device = trainer.strategy.root_device
         if device.type != "cuda":
             raise UserError(f"LigerKernels are for a GPU, and the model is on '{device}': leave them out.")
