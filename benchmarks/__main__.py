@@ -79,7 +79,7 @@ WORKLOADS = {
     "W4": Workload("prompt tuning, 20 virtual tokens, on W1's and W2's base", 8, steps.prompts),
     "W5": Workload("one epoch of the bundled reviews, with validation and checkpoint", 2, measure=training.epoch),
     "W6": Workload("inference with one adapter", 3, inference.one_adapter),
-    "W7": Workload("a batch of 32 × 64 tokens whose rows belong to different adapters", 10, inference.many_adapters),
+    "W7": Workload("a batch of 32 × 64 tokens whose rows belong to different adapters", 20, inference.many_adapters),
     "callback": Workload("a step under Lightning, 4 × 32 tokens", 200, measure=training.callback),
 }  # fmt: skip
 

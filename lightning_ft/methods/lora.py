@@ -182,9 +182,10 @@ class LoRALinear(LoRALayer):
         def forward(base: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
             out, x = base(*args, **kwargs).contiguous(), first_tensor(args, kwargs)
             a, b = sides(out.dtype)
-            h = torch.bmm(x.to(out.dtype).reshape(len(index), -1, x.shape[-1]), a.mT)  # (rows, tokens, r)
+            # (rows, r, tokens), of which few rows are quicker for a BLAS than few columns.
+            h = torch.bmm(a, x.to(out.dtype).reshape(len(index), -1, x.shape[-1]).mT)
             # In place: another copy of it would cost more than the product. Autocast leaves that alone, and not h.
-            out.view(len(index), -1, out.shape[-1]).baddbmm_(h.to(out.dtype), b.mT)
+            out.view(len(index), -1, out.shape[-1]).baddbmm_(h.to(out.dtype).mT, b.mT)
             return out
 
         return forward
