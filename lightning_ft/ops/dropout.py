@@ -103,7 +103,7 @@ class AllBut(Kept):
         step = max(1, _AT_ONCE // (n * x.dtype.itemsize))
         starts = range(0, rows, step)
         if imagined_device() is None:
-            ends = torch.searchsorted(dropped, torch.tensor(starts[1:]) * n).tolist()
+            ends = torch.searchsorted(dropped, torch.arange(0, rows, step)[1:] * n).tolist()
         else:
             ends = [len(dropped) * start // rows for start in starts[1:]]
         copy = torch.empty_like(x[:step])

@@ -93,11 +93,11 @@ def _loss_and_gradient_(logits: Tensor, labels: Tensor, wants_gradient: bool) ->
         from lightning_ft.ops.triton_cross_entropy import cross_entropy_
 
         return cross_entropy_(logits, labels, wants_gradient).sum()
-    device = device_type(logits)
-    if device != "cpu" and imagined_device() is not None:  # what that kernel leaves
+    on_cpu, imagined = device_type(logits) == "cpu", imagined_device() is not None
+    if imagined and not on_cpu:  # what that kernel leaves
         return logits.sum(dtype=torch.float32)
-    rows = max(1, _IN_CACHE // logits.shape[1]) if device == "cpu" else len(logits)
-    if imagined_device() is not None:  # no values: the first turn takes what each does
+    rows = max(1, _IN_CACHE // logits.shape[1]) if on_cpu else len(logits)
+    if imagined:  # no values: the first turn takes what each does
         logits, labels = logits[:rows], labels[:rows]
     scratch = None if logits.dtype == torch.float32 else torch.empty_like(logits[:rows], dtype=torch.float32)
     total = torch.zeros((), device=logits.device)

@@ -168,8 +168,8 @@ class LanguageTask(Task):
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The same without the logits: most of the memory of a step, and those of a prompt aren't needed at all.
 
-        The head is run for one token alone, where it's seen that the model makes nothing more of what it
-        says (some scale it, or cap it); if it does, the loss is taken from the logits.
+        The head is run for one token alone, where it's seen that the model makes nothing more of what it says (some
+        scale it, or cap it); if it does, the loss is taken from the logits.
         """
         head = plain_head(model)
         if head is None or self._plain_logits is False:

@@ -19,6 +19,13 @@ from lightning_ft.injection import Injected
 needs_liger = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="Liger isn't installed")
 
 
+def attributes(model: Any) -> list[dict[str, Any]]:
+    """Those of a Llama's modules and of the file of its class, as they are now."""
+    from transformers.models.llama import modeling_llama
+
+    return [dict(vars(each)) for each in (modeling_llama, *model.modules())]
+
+
 @pytest.mark.parametrize(("installed", "said"), [(False, "lightning-ft.liger."), (True, "for a GPU")])
 def test_what_is_missing_is_said(installed: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: object() if installed else None)
@@ -29,8 +36,7 @@ def test_what_is_missing_is_said(installed: bool, said: str, monkeypatch: pytest
 def test_attributes_are_put_back_and_those_that_are_new_taken_away() -> None:
     layer = torch.nn.Linear(2, 2)
     before = dict(vars(layer))
-    absent = liger._ABSENT
-    changed = [Change(vars(layer), "in_features", 2), Change(vars(layer), "forward", absent)]
+    changed = [Change(vars(layer), "in_features", 2), Change(vars(layer), "forward", liger._ABSENT)]
     layer.in_features, layer.forward = 5, torch.relu  # type: ignore[assignment]
     layer.eval()  # by others, meanwhile
     undo(changed)
@@ -39,16 +45,13 @@ def test_attributes_are_put_back_and_those_that_are_new_taken_away() -> None:
 
 @needs_liger
 def test_a_model_and_its_kind_are_as_they_were_after_it() -> None:
-    from transformers.models.llama import modeling_llama
-
     model: Any = tiny.llama_lm()
-    spaces = [vars(modeling_llama), *(vars(module) for module in model.modules())]
-    before = [dict(space) for space in spaces]
+    before = attributes(model)
     changed = put_in(model)
-    assert [dict(space) for space in spaces] != before
+    assert attributes(model) != before
     assert "forward" in vars(model.model.norm)
     undo(changed)
-    assert [dict(space) for space in spaces] == before
+    assert attributes(model) == before
 
 
 @needs_liger
@@ -57,10 +60,10 @@ def test_what_a_method_put_into_a_module_is_not_passed_over() -> None:
     Adapter(target_modules=["mlp"]).inject(model)
     mlp = model.model.layers[0].mlp
     assert isinstance(mlp, Injected)
-    undo_all = put_in(model)
+    changed = put_in(model)
     assert "forward" not in vars(mlp)
     assert "forward" in vars(model.model.layers[0].input_layernorm)
-    undo(undo_all)
+    undo(changed)
 
 
 @needs_liger
@@ -75,7 +78,6 @@ def test_a_gate_that_is_not_silu_stays() -> None:
 @needs_liger
 def test_nothing_is_left_where_liger_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.integrations import liger as integration
-    from transformers.models.llama import modeling_llama
 
     apply = integration.apply_liger_kernel
 
@@ -85,11 +87,10 @@ def test_nothing_is_left_where_liger_fails(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(integration, "apply_liger_kernel", fails)
     model: Any = tiny.llama_lm()
-    spaces = [vars(modeling_llama), *(vars(module) for module in model.modules())]
-    before = [dict(space) for space in spaces]
+    before = attributes(model)
     with pytest.raises(UserError, match="Liger fails at a LlamaForCausalLM"):
         put_in(model)
-    assert [dict(space) for space in spaces] == before
+    assert attributes(model) == before
 
 
 @needs_liger
