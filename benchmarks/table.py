@@ -111,9 +111,9 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     places = range(len(bars))
     axes.barh(places, [bar[1] for bar in bars], color=["#4c72b0" if bar[2] else "#a8bbdb" for bar in bars])
-    for place, (_, ratio, _, limit) in zip(places, bars, strict=True):
-        axes.annotate(f"{ratio:.2f}", (ratio, place), (-3, 0), textcoords="offset points", ha="right", va="center",
-                      color="white", fontsize=7)  # fmt: skip
+    for place, (_, ratio, default, limit) in zip(places, bars, strict=True):
+        axes.annotate(f"{ratio:.2f}", (0, place), (4, 0), textcoords="offset points", ha="left", va="center",
+                      color="white" if default else "black", fontsize=7)  # fmt: skip
         if limit is not None:
             axes.plot([limit, limit], [place - 0.4, place + 0.4], color="#c44e52", linewidth=2)
     axes.axvline(1, color="black", linewidth=0.8)
